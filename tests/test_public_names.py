@@ -35,6 +35,18 @@ def test_plan_says_what_each_command_would_do(tmp_path):
         name: pytest.approx(smaller[name], rel=0.2)
         for name in ("least_memory_bytes", "peak_memory_bytes")
     }
+    text = {"text": options["calibration"], "seqlen": 16, "held_out": 2}
+    trained = prunus.plan(dense, tmp_path / "out", teacher=dense, mode="full", **text)
+    assert trained["memory_bytes"] >= trained["disk_bytes"] > pruned["file_bytes"]
+    assert prunus.plan(dense, mode="lora", **text)["disk_bytes"] == 0
+    assert not (tmp_path / "out").exists()
+    for wrong, words in (
+        ({"command": "train"}, "must be prune, .* or import"),
+        ({"command": "prune", "teacher": dense}, "takes no `teacher`"),
+        ({"command": "recover"}, "no record of prunus prune or shrink"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prunus.plan(dense, **wrong)
 
 
 def test_importing_the_package_imports_none_of_the_large_libraries():

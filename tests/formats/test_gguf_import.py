@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
+from command_line import call
 from gguf_cases import FAMILIES, compress, gguf_checkpoint
 from places import REPOSITORY
 from prunus.evaluation.eval_records import ModelSize
@@ -250,6 +251,18 @@ def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):
     assert not (out / "pytorch_model.bin").exists()
     assert (out / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+def test_a_plan_says_what_an_import_would_write(tiny_gguf, tmp_path):
+    shown = call("plan", tiny_gguf, tmp_path / "out", "--command", "import", "--json", "-")
+    plan = json.loads(shown.stdout)
+    assert plan["architecture"] == "llama" and not (tmp_path / "out").exists()
+    import_gguf(tiny_gguf, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert plan["disk_bytes"] >= sum(tensor.nbytes for tensor in stored) > 0.9 * plan["disk_bytes"]
+    assert "llama" in call("plan", tiny_gguf, "--command", "import").stdout
+    refused = call("plan", tiny_gguf, tmp_path / "out", "--command", "import", status=2)
+    assert "not empty" in refused.stderr
 
 
 def test_an_empty_folder_is_taken(tiny_gguf, tmp_path):

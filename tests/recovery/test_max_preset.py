@@ -213,7 +213,7 @@ def test_the_training_follows_the_recipe():
     chosen = training_options(recipe, tokens=4096)
     assert (chosen.text, chosen.seqlen, chosen.seed, chosen.bos) == ("ptb", 512, 4, "no")
     assert (chosen.dtype, chosen.tokens, chosen.minutes) == ("auto", 4096, None)
-    assert chosen.batch == 2 and training_options(recipe, tokens=4096, ranks=4).batch == 4
+    assert chosen.batch == 2 and training_options(recipe, tokens=4096, processes=4).batch == 4
 
 
 def test_the_command_line_shows_both_phases(dense, text, tmp_path):

@@ -20,7 +20,7 @@ pretend_cuda.install()
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
-from prunus.distributed import process_group  # noqa: E402
+from prunus.distributed import process_group, sum_floats  # noqa: E402
 from ranks import answers, in_ranks  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
 
@@ -77,7 +77,7 @@ def messages(scratch: Path) -> list[dict[str, Any]]:
                 "host": host.tolist(),
                 "devices": sorted({str(x.device) for x in (own, sent, gathered)}),
                 "texts": ranks.gather_text("x" * 300 * rank),
-                "floats": ranks.sum_floats([0.5]),
+                "floats": sum_floats([0.5]),
             }
 
     return answers(2, work, scratch)

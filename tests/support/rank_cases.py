@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 import prunus  # noqa: E402, I001
 from prunus.engine.memory_plan import Memory  # noqa: E402
 from prunus.formats.compression_record import CompressionRecord  # noqa: E402
-from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
+from prunus.distributed import on_rank_0, process_group, ranks, sum_floats  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
 from prunus.engine.reconstruction import output_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
@@ -152,15 +152,21 @@ def shrunk(scratch: Path) -> dict[str, Any]:
 
 
 def messages(scratch: Path) -> dict[str, Any]:
-    """What three ranks receive: texts of any length, sums of numbers, rows of a matrix."""
+    """What three ranks receive, and how many work together: in what rank 0 does, joined, after."""
     texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
 
     def receive(_rank: int) -> dict[str, Any]:
-        with process_group(60) as ranks:
-            received = [ranks.gather_text(each[ranks.rank]) for each in texts]
-            totals = ranks.sum_floats([ranks.rank, 0.5])
-            rows = ranks.all_gather(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
-            return {"same": received == texts, "totals": totals, "rows": rows.tolist()}
+        with process_group(60) as three, process_group(60) as again:
+            received = [three.gather_text(each[three.rank]) for each in texts]
+            totals = sum_floats([three.rank, 0.5])
+            rows = three.all_gather(torch.full((three.rank, 2), float(three.rank)).bfloat16())
+            sizes = [on_rank_0(lambda: ranks().size), again.size, ranks().size]
+        return {
+            "same": received == texts,
+            "totals": totals,
+            "rows": rows.tolist(),
+            "sizes": [*sizes, ranks().size],
+        }
 
     return dict(enumerate(answers(3, receive, scratch)))
 
@@ -326,16 +332,16 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": perplexity(dense, str(text), seqlen=32).loss}
     reference = tiny_checkpoint(scratch / "reference", "llama", initializer_range=0.3)
 
-    def compared(ranks: Any = SINGLE_PROCESS) -> dict[str, Any]:
-        result = perplexity(dense, str(text), seqlen=32, reference=reference, ranks=ranks)
+    def compared() -> dict[str, Any]:
+        result = perplexity(dense, str(text), seqlen=32, reference=reference)
         return result.as_dict()["divergence"]
 
     found["compared"] = [compared()]
 
     def score(_rank: int) -> list[Any]:
-        with process_group(60) as ranks:
-            loss = perplexity(dense, str(text), seqlen=32, ranks=ranks).loss
-            return [loss, compared(ranks)]
+        with process_group(60):
+            loss = perplexity(dense, str(text), seqlen=32).loss
+            return [loss, compared()]
 
     for size in (2, 3):
         scores = answers(size, score, scratch)

@@ -78,13 +78,11 @@ def evaluate(
             check_reference(checkpoint, find_model(reference, trusted, note))
     task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
-    with process_group(rank_timeout) as ranks:
+    with process_group(rank_timeout):
         if texts:
-            of_models = perplexities(
-                models, texts, reference=reference, ranks=ranks, progress=shows, **of_text
-            )
+            of_models = perplexities(models, texts, reference=reference, progress=shows, **of_text)
             scores = dict(zip(models, of_models, strict=True))
-        results = [] if task_run is None else task_run.run(note, ranks)
+        results = [] if task_run is None else task_run.run(note)
     measured = [*models, *filter(None, [reference])]
     sizes = {model: stored_size(model, trusted) for model in measured}
     content = side_by_side(scores, results, sizes, reference)

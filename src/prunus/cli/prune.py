@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +12,7 @@ from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.options import ADVANCED
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
@@ -20,6 +20,11 @@ from prunus.reporting.run_sections import structure_table
 from prunus.reporting.tables import plan_facts, recovery_table
 from prunus.structure.structure_record import StructureRecipe
 
+if TYPE_CHECKING:
+    from prunus.engine.run import Command
+
+# Options of `plan` that only recover has, in the first panel of its own help.
+_OF_RECOVER = ("mode", "text", "tokens", "minutes")
 _MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
 
 
@@ -57,9 +62,10 @@ def prune(
         budget = {"minutes": minutes, "tokens": tokens}
         _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
         return
-    from prunus.pruning.prune import run
+    from prunus.pruning.prune import Pruning
 
-    _carry_out(run, f"{chosen.method} {output}", (model, output, chosen), work)
+    command = Pruning(model, output, chosen, RunOptions.read(None, work))
+    _carry_out(command, f"{chosen.method} {output}")
 
 
 @with_flags(CompressionRecipe, RunOptions, rare=("head_bits",))
@@ -82,18 +88,18 @@ def compress(
     A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
     command.
     """
-    from prunus.compression.compress import run
+    from prunus.compression.compress import Compression
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
     from prunus.formats.cards import commands
-    from prunus.formats.codec import codec_for
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
-    codec = codec_for(output, chosen)
-    after = prepared_check(model, output, chosen, RunOptions.read(None, work)) if check else None
-    compressing = functools.partial(run, after=after)
-    _carry_out(compressing, f"{chosen.target} {output}", (model, output, chosen), work)
+    how = RunOptions.read(None, work)
+    after = prepared_check(model, output, chosen, how) if check else None
+    command = Compression(model, output, chosen, how)
+    codec = command.codec
+    _carry_out(command, f"{chosen.target} {output}", after=after)
     if is_rank_0():
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
@@ -106,34 +112,34 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
-    from prunus.structure.shrink import run
+    from prunus.structure.shrink import Shrinking
 
     work, recipe_options = RunOptions.pick(options)
     chosen = StructureRecipe.read(recipe, recipe_options)
-    _carry_out(run, f"shrink {output}", (model, output, chosen), work, structure_table)
+    command = Shrinking(model, output, chosen, RunOptions.read(None, work))
+    _carry_out(command, f"shrink {output}", structure_table)
 
 
 def _carry_out(
-    run: Callable[..., Any],
+    command: Command[Any, Any],
     title: str,
-    what: tuple[str, Path, Any],
-    work: dict[str, Any],
     table: Callable[[Any], Any] = lambda record: record.table(),
+    after: Callable[[Any, Any], None] | None = None,
 ) -> None:
-    """Carry out a recipe with a progress bar, and print its record as a table.
+    """Carry out a command with a progress bar, and print its record as a table.
 
     Args:
-        run: The function of the library that does the work.
+        command: What is done.
         title: Title of the progress bar.
-        what: Model, result and recipe: the first arguments of `run`.
-        work: The options of the run that were given, by name.
         table: From the record to its table.
+        after: As for `carry_out`.
     """
+    from prunus.engine.run import carry_out
     from prunus.engine.session import Session
 
-    with shown_steps(show_pruning(title, progress_console()), what[1]) as callbacks:
+    with shown_steps(show_pruning(title, progress_console()), command.output) as callbacks:
         session = Session(announce=callbacks["announce"], report=callbacks["report"])
-        record = run(*what, RunOptions.read(None, work), session)
+        record = carry_out(command, session, after)
     print_result(record, table(record))
 
 
@@ -161,9 +167,9 @@ def _prune_and_recover(
 
 
 @with_flags(
-    *(Recipe, CompressionRecipe, StructureRecipe, RunOptions),
+    *(Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits", "data", "experts", "blocks"),
+    rare=("pattern", "format", "head_bits", "data", "experts", "blocks", *_OF_RECOVER),
 )
 def plan(
     model: Model,
@@ -172,6 +178,18 @@ def plan(
         typer.Argument(metavar="OUT", help="Folder or file for the result; only checked."),
     ] = None,
     *,
+    command: Annotated[
+        str | None,
+        opt(
+            "Plan prune, compress, shrink, recover or import. Default: the one whose options are "
+            "given.",
+            "COMMAND",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, opt("With recover: learn from this model.", "DENSE", rich_help_panel=ADVANCED)
+    ] = None,
     tensor_types: Annotated[
         Path | None,
         opt(
@@ -200,11 +218,18 @@ def plan(
 ) -> None:
     """Show what a run would do and cost; write no model.
 
-    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink.
+    With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink, with
+    --mode, --text or --teacher recover.
     """
     from prunus.planning.plan import plan as plan_command
 
-    options |= {"tensor_types": tensor_types, "imatrix": imatrix, "progress": not is_quiet()}
+    options |= {
+        "command": command,
+        "teacher": teacher,
+        "tensor_types": tensor_types,
+        "imatrix": imatrix,
+        "progress": not is_quiet(),
+    }
     described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
     print_result(described, plan_facts(described))
 

@@ -79,9 +79,9 @@ def command(
 def user_errors(afterwards: str) -> Iterator[None]:
     """Turn exceptions of a command into one line on standard error and an exit status.
 
-    The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
-    several ranks, rank 0 reports; another rank reports only an error of its own. After the loss of
-    a rank the process ends at once, without the handlers of the interpreter. The environment
+    The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. Of
+    several processes, rank 0 reports; another rank reports only an error of its own. After the loss
+    of a rank the process ends at once, without the handlers of the interpreter. The environment
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
 
     Args:
@@ -160,7 +160,7 @@ def _check_json_file() -> None:
 
 
 def log(message: str) -> None:
-    """Print a message as one line on standard error; ranks other than 0 add their number.
+    """Print a message as one line on standard error; processes other than rank 0 add their number.
 
     Where nobody reads standard error any more, the message is dropped, and the work continues.
     """

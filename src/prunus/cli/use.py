@@ -10,7 +10,7 @@ import typer
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import note, print_text, write_json
 from prunus.evaluation.eval_options import WritingOptions
-from prunus.model.formats import format_named, format_of, refuse_packed
+from prunus.model.formats import refuse_packed
 
 
 @with_flags(WritingOptions)
@@ -55,9 +55,9 @@ def import_(
 
     Quantised weights are dequantised to --dtype.
     """
+    from prunus.formats.gguf.import_checkpoint import import_gguf
+
     refuse_packed(file)
-    # A file without a suffix may be one all the same, such as a blob of Ollama.
-    entry = format_of(file) or format_named("gguf")
-    summary = entry.load().unpack(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
+    summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
     write_json(summary)
     print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")

@@ -12,13 +12,11 @@ import torch
 from prunus.compression.rounding import type_rounding
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.open_model import OpenModel
 from prunus.engine.output import CheckpointFolder, Rounding
 from prunus.engine.result import Result
-from prunus.engine.run import Run, carry_out
+from prunus.engine.run import Run, called
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
-from prunus.engine.session import SILENT, Session, shown_session
+from prunus.engine.run_plan import OpenModel
 from prunus.formats.codec import Codec, codec_for, size_plan_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
@@ -59,26 +57,11 @@ def compress(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    run_options, recipe_options = RunOptions.pick(options)
-    data, described = given_windows(calibration)
-    chosen = CompressionRecipe.read(recipe, {"bits": bits} | recipe_options | described)
-    with shown_session("compress", progress, announce) as session:
-        return run(model, Path(output), chosen, RunOptions(**run_options, **data), session)
-
-
-def run(
-    model: str | Path,
-    output: Path,
-    recipe: CompressionRecipe,
-    options: RunOptions,
-    session: Session = SILENT,
-    after: Callable[[CompressionRecord, Session], None] | None = None,
-) -> CompressionRecord:
-    """Carry out a recipe, and return its record. Arguments and errors are those of `compress`.
-
-    `after` is as for `carry_out`.
-    """
-    return carry_out(Compression(model, output, recipe, options), session, after)
+    options["bits"] = bits
+    record: CompressionRecord = called(
+        Compression, model, output, recipe, options, calibration, progress, announce
+    )
+    return record
 
 
 @dataclass(frozen=True)
@@ -89,7 +72,7 @@ class Compression(LinearCommand[CompressionRecord]):
         given_codec: The format of the result; None for that of the output or of the recipe.
     """
 
-    KIND = CompressionRecord
+    RECIPE, KIND = CompressionRecipe, CompressionRecord
 
     given_codec: type[Codec] | None = None
 

@@ -1,7 +1,7 @@
 """How each linear is rounded, from what its errors mean to the loss of the dense model.
 
-It begins with a measurement (`loss_sensitivity.py`) on rank 0, because all ranks must use the same
-digits. Then each weight gets the type of least loss that the size allows.
+It begins with a measurement (`loss_sensitivity.py`) on rank 0, because all processes must use the
+same digits. Then each weight gets the type of least loss that the size allows.
 
     type_rounding    a type for each weight; `write_lists` chooses them for other programs
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prunus.distributed import on_rank_0, tensors_from_rank_0
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.engine.output import CheckpointFolder, Rounding
@@ -59,9 +60,11 @@ def type_rounding(
         codec: The format of the result.
     """
     plan, session, record = run.plan, run.session, run.record
-    ranks, size_plan, source = session.ranks, plan_of(plan), plan.checkpoint
-    tensors = ranks.tensors_from_rank_0(
-        lambda: folder.measured(lambda: measured(plan, session, run.ids, record.measured).tensors())
+    size_plan, source = plan_of(plan), plan.checkpoint
+    tensors = tensors_from_rank_0(
+        lambda: folder.measured(
+            lambda: measured(plan, session, run.windows, record.measured).tensors()
+        )
     )
     if not size_plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
@@ -76,7 +79,7 @@ def type_rounding(
             "`overwrite` to start again"
         )
     record.types = choice.types
-    ranks.on_rank_0(lambda: _check_outside(size_plan, choice))
+    on_rank_0(lambda: _check_outside(size_plan, choice))
     if said := size_plan.said(choice):
         session.tell(said)
 

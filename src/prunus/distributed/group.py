@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +22,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks
-from prunus.hardware.errors import reason
+from prunus.distributed.base import RankError, Ranks, ranks, using
 
-# "torch.float32" -> the dtype: dtypes travel by their names.
-_DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _MAX_SLEEP = 1e-3  # seconds between two looks at a collective
 _SPIN = 1e-3  # seconds in which a rank that waits does not sleep
 _FIRST_SLEEP = 2e-5  # seconds; each next sleep is longer
@@ -52,12 +48,7 @@ class ProcessGroup(Ranks):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._location = "the start"
         self._timeout = timeout
-
-    def set_location(self, location: str) -> None:
-        """Record what this rank works on, for its own error if another rank is lost."""
-        self._location = location
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         """The integers of every rank, by rank, in one message."""
@@ -70,11 +61,6 @@ class ProcessGroup(Ranks):
         # frombuffer refuses an empty buffer, so an empty text starts from one byte.
         letters = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
         return [bytes(part.tolist()).decode() for part in self._gather_uneven(letters)]
-
-    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
-        """Sums in the order of ranks: an all-reduce would add in the order of its algorithm."""
-        parts = self._gather(torch.tensor(list(numbers), dtype=torch.float64))
-        return [sum(summands) for summands in zip(*(x.tolist() for x in parts), strict=True)]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over the ranks, in place, by torch's all-reduce."""
@@ -92,57 +78,6 @@ class ProcessGroup(Ranks):
     ) -> torch.Tensor:
         """Concatenate the tensors (n, …) of all ranks; see `_gather_uneven`."""
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
-
-    def on_rank_0(self, make: Callable[[], Any]) -> Any:
-        """Send what `make` returns on rank 0 to all ranks as JSON. An error in `make` ends all."""
-        text = ""
-        with self.fail_together():
-            if self.rank == 0:
-                text = json.dumps(make())
-        return json.loads(self.gather_text(text)[0])
-
-    def tensors_from_rank_0(
-        self, make: Callable[[], Mapping[str, torch.Tensor]]
-    ) -> Mapping[str, torch.Tensor]:
-        """Send the tensors of rank 0: their names, dtypes and shapes first, then one by one."""
-        sent: dict[str, torch.Tensor] = {}
-
-        def describe() -> list[Any]:
-            sent.update({name: x.detach().cpu().contiguous() for name, x in make().items()})
-            return [[name, str(x.dtype), list(x.shape)] for name, x in sent.items()]
-
-        # Names, dtypes and shapes go first, so that the others can allocate what they receive.
-        described = self.on_rank_0(describe)
-        received = {}
-        for name, dtype, shape in described:
-            x = sent[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
-            self.broadcast(x, 0)
-            received[name] = x
-        return received
-
-    @contextlib.contextmanager
-    def fail_together(self) -> Iterator[None]:
-        """Exchange the errors of all ranks at the end of the block; if there is one, raise on all.
-
-        Each rank contributes the text of its error, cut off at 2,000 characters, or an empty text.
-        A RankError is passed on without an exchange.
-        """
-        error: Exception | None = None
-        try:
-            yield
-        except RankError:
-            # A rank is lost: the others cannot take part in the exchange below.
-            raise
-        except Exception as raised:
-            error = raised
-        texts = self.gather_text("" if error is None else reason(error, most=2000))
-        if self.rank > 0 and texts[0]:
-            raise OtherRankError(texts[0]) from error
-        if error is not None:
-            raise error
-        for rank, text in enumerate(texts):
-            if text:
-                raise RankError(f"rank {rank} stopped: {text}")
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks, which have the same shape."""
@@ -198,7 +133,7 @@ class ProcessGroup(Ranks):
         except RuntimeError as fault:
             raise RankError(
                 f"another rank is lost: {str(fault).splitlines()[0]} (this rank was at "
-                f"{self._location}; the output of torchrun says which rank ended badly)"
+                f"{self.location}; the output of torchrun says which rank ended badly)"
             ) from fault
 
 
@@ -224,7 +159,8 @@ def started_by_torchrun() -> bool:
 def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for the length of a `with` block that all enter.
 
-    Without torchrun it yields `SINGLE_PROCESS`.
+    `ranks` answers with them meanwhile. Processes that have joined already stay as they are, and
+    so does a process that torchrun did not start.
 
     Args:
         timeout: Seconds after which a rank that is late for a collective call counts as lost; None
@@ -238,8 +174,8 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"the rank timeout is {timeout}; it must be a number of seconds above 0")
-    if not started_by_torchrun():
-        yield SINGLE_PROCESS
+    if ranks().size > 1 or not started_by_torchrun():
+        yield ranks()
         return
     if dist.is_initialized():
         raise ValueError(
@@ -260,7 +196,8 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
         timeout=torch_timeout,
     )
     try:
-        yield ProcessGroup(timeout)
+        with using(ProcessGroup(timeout)) as joined:
+            yield joined
     except RankError:
         # Destroying a group that has lost a member would wait for that member.
         raise

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import fail_together, is_rank_0, on_rank_0, tensors_from_rank_0
 from prunus.engine.loop import FinishedBlock
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, check_known
@@ -41,7 +41,6 @@ from prunus.model.checkpoint.output_folder import (
     check_apart,
     check_folder_name,
     check_resume,
-    check_whole,
     copy_companion,
     is_vacant,
 )
@@ -157,16 +156,15 @@ def resumed_or_new(
 
 @contextlib.contextmanager
 def held(
-    kind: type[_Record], output: Path, ranks: Ranks, find: Callable[[], _Record | None]
+    kind: type[_Record], output: Path, find: Callable[[], _Record | None]
 ) -> Iterator[_Record | None]:
     """Hold a folder against other runs for the length of a `with` block.
 
-    Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
+    Only rank 0 touches the folder. All processes must enter the block, and all fail if it does.
 
     Args:
         kind: The class of the record.
         output: Folder of the result.
-        ranks: The processes of the run.
         find: Calls `find_earlier`.
 
     Yields:
@@ -181,17 +179,17 @@ def held(
         earlier = find()
         return None if earlier is None else earlier.model_dump(mode="json")
 
-    with locked_output(output, ranks, find):
-        content = ranks.on_rank_0(look)
+    with locked_output(output, find):
+        content = on_rank_0(look)
         yield None if content is None else kind.model_validate(content)
 
 
 @contextlib.contextmanager
-def locked_output(output: Path, ranks: Ranks, look: Callable[[], object]) -> Iterator[None]:
+def locked_output(output: Path, look: Callable[[], object]) -> Iterator[None]:
     """Hold a folder against other runs, unless `look` raises an error: then no lock is written."""
     with contextlib.ExitStack() as stack:
-        with ranks.fail_together():
-            if ranks.rank == 0:
+        with fail_together():
+            if is_rank_0():
                 look()
                 stack.enter_context(locked(output))
         yield
@@ -208,29 +206,25 @@ class ResultFolder:
         record: The record of the run, which the methods keep up to date.
         source: The checkpoint that the result is made from: its companions are copied, and every
             shard is preceded by a check that its files did not change. None if there is none.
-        ranks: The processes of the run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        record: RunRecord,
-        source: Checkpoint | None = None,
-        ranks: Ranks = SINGLE_PROCESS,
-    ) -> None:
-        self.folder, self.record, self.source, self.ranks = folder, record, source, ranks
+    def __init__(self, folder: Path, record: RunRecord, source: Checkpoint | None = None) -> None:
+        self.folder, self.record, self.source = folder, record, source
 
     def save(self) -> None:
-        """Write the record. Other ranks than 0 do nothing."""
-        if self.ranks.rank == 0:
+        """Write the record. Other processes than rank 0 do nothing."""
+        if is_rank_0():
             self.record.save(self.folder)
 
-    def begin(self, overwrite: bool) -> None:
+    def begin(self, overwrite: bool) -> list[str]:
         """Create the folder, or clean up what a killed run left in it.
 
         Args:
             overwrite: Whether to remove shards that the record does not name, and the records of
                 other commands.
+
+        Returns:
+            The shards that were deleted since, which the record has forgotten.
 
         Raises:
             ValueError: The bytes of a shard are not those that the record has the SHA-256 of.
@@ -252,8 +246,10 @@ class ResultFolder:
             for path in (*others, *(folder / name for name in RECORD_FILES if name != record.FILE)):
                 remove(path)
         remove_temporaries(folder)
-        if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
+        missing = [name for name in record.sha256 if not self.has(name)]
+        if record.forget_missing({*missing}):
             record.save(folder)
+        return missing
 
     def has(self, shard: str) -> bool:
         """Whether a shard is there, and the record names it."""
@@ -314,13 +310,9 @@ class ResultFolder:
         self.record.state = "finished"
         self.record.save(folder)
 
-    def check_finished(self) -> None:
-        """Check that the finished result of an earlier run still has all its shards."""
-        self.ranks.on_rank_0(lambda: check_whole(self.folder))
-
 
 class BlockFolder(ResultFolder):
-    """Writes a result block by block; all ranks call its methods, and rank 0 touches the folder.
+    """Writes a result block by block; all processes call its methods, rank 0 touches the folder.
 
     `position` counts the blocks of the result from 0. A subclass says which tensors a shard has.
 
@@ -328,8 +320,6 @@ class BlockFolder(ResultFolder):
         folder: The folder of the result.
         record: The record of the run.
         plan: The run.
-        ranks: The processes of the run.
-
         made_from: For each block of the result, the index of the block of the source that it is
             made from; None for all blocks in order.
     """
@@ -341,10 +331,9 @@ class BlockFolder(ResultFolder):
         folder: Path,
         record: BlockwiseRecord,
         plan: RunPlan,
-        ranks: Ranks,
         made_from: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(folder, record, plan.checkpoint.checkpoint, ranks)
+        super().__init__(folder, record, plan.checkpoint.checkpoint)
         self.plan = plan
         self.made_from = range(len(plan.skeleton)) if made_from is None else made_from
 
@@ -368,7 +357,7 @@ class BlockFolder(ResultFolder):
             FileExistsError: The source's block is not the one that the finished block was made
                 from.
         """
-        return self.ranks.tensors_from_rank_0(lambda: self._read_block(position))
+        return tensors_from_rank_0(lambda: self._read_block(position))
 
     def _read_block(self, position: int) -> dict[str, torch.Tensor]:
         index = self.made_from[position]
@@ -379,7 +368,7 @@ class BlockFolder(ResultFolder):
 
     def write_block(self, position: int, block: FinishedBlock) -> None:
         """Write a block's shard, then save the record."""
-        if self.ranks.rank == 0:
+        if is_rank_0():
             self.write_shard(self.record.shard(position), self.stored(position, block))
         self.record.blocks.append(block.record)
         self.save()

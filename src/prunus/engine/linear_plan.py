@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,15 @@ from torch import nn
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.memory_plan import Memory
-from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
+from prunus.engine.run_plan import (
+    OpenModel,
+    RunPlan,
+    windows_per_batch,
+    with_memory,
+)
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
@@ -327,7 +331,7 @@ def plan_run(
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
         storage_of: Plans how the result stores the linears; None for plain tensors.
-        session: The processes that work on the run.
+        session: Who hears of a download.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
     Raises:
@@ -340,7 +344,9 @@ def plan_run(
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
-    storage = (storage_of or plain_storage)(opened, linears)
+    storage = Storage(source=opened.source, selection=linears)
+    if storage_of is not None:
+        storage = storage_of(opened, linears)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
     walks = method.needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
@@ -349,7 +355,6 @@ def plan_run(
         opened,
         recipe,
         options,
-        session,
         needs=method.needs,
         needs_inputs=walks or recipe.allocates or storage.measures_loss,
         adds_ridge=method.adds_ridge,
@@ -366,11 +371,10 @@ def plan_run(
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
             f"`propagate` block keeps the original's order of operations for {method.name}, "
-            f"window after window: {plan.processes} ranks cannot share that. Leave it out, or run "
-            "one process"
+            f"window after window: {plan.processes} processes cannot share that. Leave it out, or "
+            "run one process"
         )
-    plan = replace(plan, memory=_measured(plan))
-    check_memory(plan)
+    plan = _with_memory(plan)
     measured, held = plan.measuring_bytes(), process_memory()
     if plan.memory.budget < measured:
         raise ValueError(
@@ -380,11 +384,6 @@ def plan_run(
             + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
     return plan
-
-
-def plain_storage(opened: OpenModel, selection: LinearSelection) -> Storage:
-    """The storage as plain tensors."""
-    return Storage(source=opened.source, selection=selection)
 
 
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
@@ -404,12 +403,12 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
 
 
-def _measured(plan: LinearPlan) -> Memory:
-    """The budgets with what the blocks need, and how each is walked."""
+def _with_memory(plan: LinearPlan) -> LinearPlan:
+    """The plan with what its blocks need, and how each is walked; see `with_memory`."""
     blocks = range(len(plan.skeleton))
     settings = plan.reconstruction
     trained = [
         index for index in blocks if settings and settings.applies_to(index, len(plan.skeleton))
     ]
     extra = [plan.extra_bytes(index) for index in blocks]
-    return measured_memory(plan, dense=plan.runs_dense_stream, trained=trained, extra=extra)
+    return with_memory(plan, dense=plan.runs_dense_stream, trained=trained, extra=extra)

@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
+from prunus.distributed import fail_together, on_rank_0
 from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
-from prunus.engine.open_model import OpenModel
+from prunus.engine.open_model import agreed_walks
 from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
-from prunus.engine.run import Command, Run
+from prunus.engine.run import Run, WindowsCommand
+from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.sizes import counted
 from prunus.kernels.library import missing_words
@@ -36,8 +38,8 @@ _Record = TypeVar("_Record", bound=LinearsRecord)
 
 
 @dataclass(frozen=True)
-class LinearCommand(Command[LinearPlan, _Record]):
-    """A command that changes the linears of a model; see `Command`."""
+class LinearCommand(WindowsCommand[LinearPlan, _Record]):
+    """A command that changes the linears of a model; see `WindowsCommand`."""
 
     @abstractmethod
     def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
@@ -73,29 +75,29 @@ class LinearCommand(Command[LinearPlan, _Record]):
 
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
         """Decide the sparsity of every linear. A resumed run takes it from its record."""
-        record, ranks = run.record, run.session.ranks
+        record = run.record
         if not record.allocation:
-            with ranks.fail_together():
-                record.allocation = allocate(run.plan, run.session, run.ids, record.measured)
-            record.allocation = ranks.on_rank_0(lambda: record.allocation)
+            with fail_together():
+                record.allocation = allocate(run.plan, run.session, run.windows, record.measured)
+            record.allocation = on_rank_0(lambda: record.allocation)
 
-    def change(self, run: Run[LinearPlan, _Record]) -> None:
+    def change(self, run: Run[LinearPlan, _Record], prepared: Any) -> None:
         """Change all linears block by block, and complete the result."""
         plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
-        ranks = session.ranks
         rounding, output = None, self._output(run)
         if isinstance(output, CheckpointFolder):
             rounding = self.rounding(run, output)
-            output = CheckpointFolder(record, plan, ranks, output.result, rounding)
+            output = CheckpointFolder(record, plan, output.result, rounding)
             output.write_known()
+        walks = agreed_walks(plan.walks)
         round_as = None if rounding is None else rounding.of
-        pruner = BlockPruner(plan, session, run.walks, record.allocation, round_as)
+        pruner = BlockPruner(plan, session, walks, record.allocation, round_as)
         in_order = plan.work.reference_order
         threads = _one_processor_thread() if in_order else contextlib.nullcontext()
         with torch.no_grad(), contextlib.closing(pruner), threads:
             # Everything before the first block: windows become hidden states.
-            batches = run.ids.split(plan.batch) if plan.walks_windows else ()
-            embedding = f"embedding {counted(len(run.ids), 'window')} and " if batches else ""
+            batches = run.windows.split(plan.batch) if plan.walks_windows else ()
+            embedding = f"embedding {counted(len(run.windows), 'window')} and " if batches else ""
             session.tell(f"{embedding}reading block 0")
             pruner.embed(batches, output.folder)
             # In the reference order the next block depends on weights before they were rounded for
@@ -113,7 +115,7 @@ class LinearCommand(Command[LinearPlan, _Record]):
         """What the blocks are written to."""
         plan = run.plan
         if self.result is not None:
-            return CheckpointFolder(run.record, plan, run.session.ranks, self.result)
+            return CheckpointFolder(run.record, plan, self.result)
         assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
         return InPlaceOutput(plan.source, run.record, plan.storage)
 

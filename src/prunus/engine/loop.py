@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from prunus.distributed import RankError, Ranks
+from prunus.distributed import RankError, ranks
 from prunus.engine.progress import Progress
 from prunus.engine.run_plan import RunPlan, check_known
 from prunus.engine.session import Session
@@ -104,7 +104,7 @@ def run_blocks(
 
     Args:
         plan: The run.
-        session: Its processes, and who hears of each block.
+        session: Who hears of each block.
         step: What is done to each block.
         output: Where finished blocks are kept.
         measured: Name of a block -> SHA-256 of the weights that a measurement before the first
@@ -158,27 +158,26 @@ def run_blocks(
             block = step.make(position, stored)
             if position >= finished:
                 submit(functools.partial(output.write_block, position, block))
-            if session.ranks.size > 1:
+            if ranks().size > 1:
                 return_freed_memory()
             report(position, block.message)
 
 
-def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-    """Check that all ranks have changed a block to the same bytes.
+def check_same(name: str, changed: Mapping[str, torch.Tensor]) -> None:
+    """Check that all ranks have changed a block to the same bytes. All ranks call it.
 
     Each rank continues with its own copy of the block, so a difference would grow unnoticed.
 
     Args:
-        ranks: The processes, all of which call this.
         name: What was changed, for the error.
         changed: The tensors that were changed.
 
     Raises:
         RankError: Some rank has other bytes than rank 0; names these ranks.
     """
-    if ranks.size == 1:
+    if ranks().size == 1:
         return
-    digests = ranks.gather_text(tensors_digest(changed))
+    digests = ranks().gather_text(tensors_digest(changed))
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise RankError(

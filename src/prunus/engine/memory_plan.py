@@ -1,6 +1,6 @@
 """What fits in memory, and so where the data of a run live and how they move.
 
-`measured_memory` (open_model.py) finds a `BlockMemory` for each block by shapes. `Memory`
+`with_memory` (run_plan.py) finds a `BlockMemory` for each block by shapes. `Memory`
 decides by it whether hidden states stay, whether the windows run through a block in lockstep, and
 whether reading and writing overlap with computing. It holds numbers, no model and no options.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import nn
 
 from prunus.calibration.windows import check_context
-from prunus.distributed import Ranks
+from prunus.distributed import fail_together, ranks, set_location
 from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions, WindowOptions
-from prunus.engine.run_plan import RunPlan
+from prunus.engine.run_plan import OpenModel
 from prunus.engine.run_record import RunRecord, Walk
 from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
@@ -39,30 +38,13 @@ from prunus.model.source import CheckpointSource, ModuleSource, WeightSource
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
 
 
-@dataclass(frozen=True)
-class OpenModel:
-    """A model that can be read, before a run decides anything about it.
-
-    Attributes:
-        name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in its stored dtype.
-        device: Where blocks run.
-    """
-
-    name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    device: torch.device
-
-
 def open_model(model: str | Path | nn.Module, options: RunOptions, session: Session) -> OpenModel:
     """Open a model for a run. No weights are read.
 
     Args:
         model: A checkpoint folder, a hub id, or a loaded model.
         options: The options that only decide how the work is done.
-        session: Who works on the run; hears of a download.
+        session: Who hears of a download.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read, or
@@ -70,7 +52,7 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
     """
     trust = options.trust_remote_code
     loaded = model if isinstance(model, nn.Module) else None
-    device = choose_device(options.device, loaded, session.ranks.local_size)
+    device = choose_device(options.device, loaded)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
@@ -79,14 +61,13 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
         check_companions(source.checkpoint.folder, trust)
     skeleton = Skeleton(source.config, source.stored_dtype, trust)
     source.bind(skeleton)
-    return OpenModel(name, source, skeleton, device)
+    return OpenModel(name=name, source=source, skeleton=skeleton, device=device)
 
 
 def run_facts(
     opened: OpenModel,
     recipe: WindowOptions,
     options: RunOptions,
-    session: Session,
     *,
     needs: Needs,
     needs_inputs: bool,
@@ -101,7 +82,6 @@ def run_facts(
         opened: The model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        session: The processes that work on the run.
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether the run reads calibration windows at all.
         adds_ridge: Whether the method adds a ridge to Gram matrices that grows with features per
@@ -130,44 +110,25 @@ def run_facts(
     else:
         free = available_memory()
         reserve = max(int(_SHARE_FOR_OTHERS * free), _BYTES_FOR_OTHERS)
-        host_budget = max(0, free - reserve) // session.ranks.local_size
+        host_budget = max(0, free - reserve) // ranks().local_size
     on_device = memory_budget(device, options.memory) if device.type == "cuda" else host_budget
-    return {
+    memory = Memory(
+        budget=on_device,
+        host_budget=host_budget,
+        on_host=device.type == "cpu",
+        reads_files=isinstance(source, CheckpointSource),
+    )
+    return vars(opened) | {
+        "skeleton": skeleton,
         "recipe": recipe,
         "options": options,
-        "model_name": opened.name,
-        "source": source,
-        "skeleton": skeleton,
-        "device": device,
         "dtype": dtype,
         "dtype_reason": reason,
-        "processes": session.ranks.size,
-        "memory": Memory(
-            budget=on_device,
-            host_budget=host_budget,
-            on_host=device.type == "cpu",
-            reads_files=isinstance(source, CheckpointSource),
-        ),
+        "processes": ranks().size,
+        "memory": memory,
         "needs": needs,
         "needs_inputs": needs_inputs,
     }
-
-
-def check_memory(plan: RunPlan) -> None:
-    """Check that every block fits with its hidden states elsewhere and one batch in flight.
-
-    Raises:
-        ValueError: A block does not fit; says what it needs and what the budget is.
-    """
-    needed = max(block.minimum for block in plan.memory.blocks)
-    if plan.memory.budget < needed:
-        held = process_memory()
-        raise ValueError(
-            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
-            f"in flight ({plan.batch} × {plan.recipe.seqlen} tokens); the memory budget is "
-            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
-            "`seqlen`"
-        )
 
 
 def check_room(nbytes: int, output: Path) -> None:
@@ -181,33 +142,22 @@ def check_room(nbytes: int, output: Path) -> None:
 _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
-def check_same_on_all_ranks(
-    recipe: WindowOptions, record: RunRecord, ranks: Ranks, walks: Sequence[Walk]
-) -> list[Walk]:
-    """Check that all ranks do the same run, and agree on how windows run through each block.
-
-    Args:
-        recipe: The options that decide the bytes of the result.
-        record: The record of the run.
-        ranks: The processes of the run, all of which call this.
-        walks: The walk of each block that this rank would take.
-
-    Returns:
-        The walk of each block: of those that the ranks would take, the one that needs least memory.
+def check_same_on_all_ranks(record: RunRecord) -> None:
+    """Check that all ranks do the same run, as its record has it. All ranks call it.
 
     Raises:
         ValueError: A rank has other options, inputs or versions than rank 0; names the first that
             differs. All ranks raise it.
     """
-    ranks.set_location("the start")
+    set_location("the start")
     this_run = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": record.recipe.model_dump(mode="json"),
         **record.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
         **{key: value for key, value in record.versions.items() if key != "python"},
         "state": record.state,
     }
-    gathered = [json.loads(text) for text in ranks.gather_text(json.dumps(this_run))]
-    with ranks.fail_together():
+    gathered = [json.loads(text) for text in ranks().gather_text(json.dumps(this_run))]
+    with fail_together():
         for rank, values in enumerate(gathered):
             for key, value in gathered[0].items():
                 if values[key] != value:
@@ -217,7 +167,18 @@ def check_same_on_all_ranks(
                         "versions, and processors of one kind. `dtype` and `batch` settle what "
                         "each would decide for itself"
                     )
-    by_rank = ranks.gather_ints([_WALKS.index(walk) for walk in walks])
+
+
+def agreed_walks(walks: Sequence[Walk]) -> list[Walk]:
+    """How windows run through each block, on which all ranks agree. All ranks call it.
+
+    Args:
+        walks: The walk of each block that this rank would take.
+
+    Returns:
+        The walk of each block: of those that the ranks would take, the one that needs least memory.
+    """
+    by_rank = ranks().gather_ints([_WALKS.index(walk) for walk in walks])
     return [_WALKS[max(block)] for block in zip(*by_rank, strict=True)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from prunus.distributed import Ranks
+from prunus.distributed import on_rank_0
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.folder import BlockFolder
 from prunus.engine.linear_plan import LinearPlan, Storage
@@ -90,7 +90,6 @@ class CheckpointFolder(BlockFolder):
     Args:
         record: The record of the run.
         plan: The run.
-        ranks: The processes of the run.
         result: What the folder becomes in the end.
         rounding: How weights are rounded and stored; None for plain tensors, and before that is
             decided.
@@ -103,11 +102,10 @@ class CheckpointFolder(BlockFolder):
         self,
         record: LinearsRecord,
         plan: LinearPlan,
-        ranks: Ranks,
         result: Result[Any],
         rounding: Rounding | None = None,
     ) -> None:
-        super().__init__(result.folder, record, plan, ranks)
+        super().__init__(result.folder, record, plan)
         self.result, self.rounding = result, rounding
 
     def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -135,7 +133,7 @@ class CheckpointFolder(BlockFolder):
             self.result.finish(self, self.plan)
             remove(self.folder / MEASUREMENT)
 
-        self.ranks.on_rank_0(finish)
+        on_rank_0(finish)
 
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
@@ -163,7 +161,7 @@ class CheckpointFolder(BlockFolder):
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
         is_plain = self.rounding is None or self.rounding.outside is None
         if is_plain and not self.plan.recipe.training.head:
-            self.ranks.on_rank_0(lambda: self.write_outside({}))
+            on_rank_0(lambda: self.write_outside({}))
 
     def write_outside(
         self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None

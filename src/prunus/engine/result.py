@@ -15,13 +15,13 @@ from typing import Any, Generic, TypeVar
 from prunus.engine.folder import ResultFolder, find_earlier
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_record import BlockwiseRecord
+from prunus.engine.run_record import RunRecord
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.options import Options
 
-_Record = TypeVar("_Record", bound=BlockwiseRecord)
+_Record = TypeVar("_Record", bound=RunRecord)
 #: File with the measurements of an unfinished run. They decide the bytes of all blocks, so a
 #: resumed run reads them instead of measuring again.
 MEASUREMENT = "sensitivity.safetensors"
@@ -34,10 +34,12 @@ class Result(Generic[_Record]):
     Attributes:
         path: The result as the user named it.
         kind: The class of the record that runs write.
+        apart: Further folders that a run reads, beside the model.
     """
 
     path: Path
     kind: type[_Record]
+    apart: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -67,7 +69,7 @@ class Result(Generic[_Record]):
         Raises:
             ValueError, FileExistsError, FileNotFoundError: As `find_earlier`.
         """
-        return find_earlier(self.kind, self.folder, recipe, options, Path(model))
+        return find_earlier(self.kind, self.folder, recipe, options, Path(model), *self.apart)
 
     def is_complete(self, earlier: _Record) -> bool:
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""

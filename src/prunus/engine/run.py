@@ -1,11 +1,15 @@
-"""The story of one run, for every command that changes a model block by block.
+"""The story of one run, for every command that writes a model.
 
-    hold ► earlier run? ► plan ► room ► windows ► record ► begin ► BLOCKS ► finish ► close
+    hold ► earlier run? ► plan ► room ► WORK ► close
+                                         │
+      inputs ► record ► finished? ► prepare ► begin ► CHANGE
 
-`carry_out` tells this story from top to bottom. A `Command` says what its plan is and what happens
-to the blocks: `linear_run.py` has that of prune and compress, `structure/shrink.py` that of shrink.
-If torchrun started several processes, each runs its share of the windows through the whole model,
-all change every block equally, and rank 0 writes.
+`carry_out` tells this story from top to bottom. A `Command` says what its plan and its work are, as
+import does. The second line is the work of a `RecordedCommand`, whose record lets a killed run
+continue: `recovery/recover.py` has that of recover. A `WindowsCommand` takes calibration windows
+through the blocks: `linear_run.py` has that of prune and compress, `structure/shrink.py` that of
+shrink. If torchrun started several processes, all do the same work, each on its share of the
+windows, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -17,51 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
+from torch import Tensor
 
+from prunus.distributed import fail_together, on_rank_0, process_group
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan
-from prunus.engine.run_record import BlockwiseRecord, Walk
-from prunus.engine.run_windows import calibration_windows, run_inputs
-from prunus.engine.session import SILENT, Session
+from prunus.engine.run_record import RunInputs
+from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
+from prunus.engine.session import SILENT, Session, shown_session
 from prunus.hardware.machine import peak_memory
+from prunus.options import Options
 
-_Record = TypeVar("_Record", bound=BlockwiseRecord)
-_Plan = TypeVar("_Plan", bound=RunPlan)
-
-
-@dataclass(frozen=True)
-class Run(Generic[_Plan, _Record]):
-    """A run after all checks, while no other run can use the result.
-
-    Attributes:
-        plan: Its plan.
-        session: Its processes, and who hears of the steps.
-        ids: The calibration windows (windows, tokens), or images.
-        walks: Per block of the source, how the windows go through it.
-        record: Its record, with the blocks that an earlier run has finished.
-        started: When it began, on the clock of `time.perf_counter`.
-    """
-
-    plan: _Plan
-    session: Session
-    ids: torch.Tensor
-    walks: list[Walk]
-    record: _Record
-    started: float
-
-    def totals(self) -> dict[str, Any]:
-        """What the run has taken until now, for the record."""
-        totals = {
-            "seconds": round(time.perf_counter() - self.started, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
-        if self.plan.device.type == "cuda":
-            totals["peak_device_memory_bytes"] = peak_memory(self.plan.device)
-        return totals
+_Plan = TypeVar("_Plan", bound=Any)
+_Record = TypeVar("_Record", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -69,7 +43,9 @@ class Command(ABC, Generic[_Plan, _Record]):
     """What a command says to `carry_out`.
 
     Attributes:
+        RECIPE: The class of its recipe.
         KIND: The class of its record.
+        RESULT: The class of its result.
         model: A checkpoint folder, a hub id, or a loaded model.
         output: The result as the user names it; None changes a loaded model in place, and leaves
             the checks of the output out of a plan.
@@ -77,37 +53,49 @@ class Command(ABC, Generic[_Plan, _Record]):
         options: The options that only decide how the work is done.
     """
 
+    RECIPE: ClassVar[type[Options]]
     KIND: ClassVar[type[Any]]
+    RESULT: ClassVar[type[Result[Any]]] = Result
 
     model: Any
     output: Path | None
     recipe: Any
     options: RunOptions
 
+    @classmethod
+    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
+        """The recipe: that of a file or an object, with the options that were given on top."""
+        return cls.RECIPE.read(recipe, given)
+
     @property
-    def result(self) -> Result[_Record] | None:
+    def result(self) -> Result[Any] | None:
         """Where the result is written; None for nowhere."""
-        return None if self.output is None else Result(self.output, self.KIND)
+        return None if self.output is None else self.RESULT(self.output, self.KIND)
 
     @abstractmethod
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
         """Check all that needs neither weights nor text, and decide what the recipe leaves open.
 
+        The plan has `disk_bytes()`, the bytes that the run needs on the disk, and `describe()`, the
+        plan as JSON values.
+
         Args:
-            session: The processes that work on the run.
+            session: Who hears of the checks.
             decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
         """
 
     @abstractmethod
-    def fields(self, plan: _Plan) -> dict[str, Any]:
-        """The fields of a new record beside its recipe and its inputs."""
+    def work(
+        self, plan: _Plan, session: Session, earlier: _Record | None, started: float
+    ) -> _Record:
+        """Do the work while no other run can use the result, and return the record.
 
-    def prepare(self, run: Run[_Plan, _Record]) -> None:
-        """Measure what can fail before anything is written."""
-
-    @abstractmethod
-    def change(self, run: Run[_Plan, _Record]) -> None:
-        """Change all blocks, and complete the result."""
+        Args:
+            plan: The plan of the run.
+            session: Who hears of the steps.
+            earlier: The record of the run to go on with, or of a finished one; None for a new run.
+            started: When the run began, on the clock of `time.perf_counter`.
+        """
 
 
 def carry_out(
@@ -129,73 +117,47 @@ def carry_out(
         RankError: Under torchrun, another process was lost or failed; names it.
     """
     options, result = command.options, command.result
-    with session.joined(options.rank_timeout) as joint:
-        ranks = joint.ranks
+    with process_group(options.rank_timeout):
         if result is None:
-            return _carry_out_held(command, joint, None)
-        model = str(command.model)
-        result.check(model)
+            return carry_out_held(command, session)
+        result.check(command.model)
 
-        def find() -> _Record | None:
-            return result.earlier(model, command.recipe, options)
+        def find() -> Any:
+            return result.earlier(command.model, command.recipe, options)
 
         # What the folder holds decides what is done: from here on no other run may change it.
-        with held(command.KIND, result.folder, ranks, find) as earlier:
+        with held(command.KIND, result.folder, find) as earlier:
             if earlier is not None and result.is_complete(earlier):
                 record = earlier
             else:
-                record = _carry_out_held(command, joint, earlier)
+                record = carry_out_held(command, session, earlier)
             if after is not None:
-                after(record, joint)
-
-            def close() -> dict[str, Any]:
-                result.close()
-                return record.model_dump(mode="json")
-
-            done: _Record = command.KIND.model_validate(ranks.on_rank_0(close))
-            return done
+                after(record, session)
+            on_rank_0(result.close)
+            return record
 
 
-def _carry_out_held(
-    command: Command[_Plan, _Record], session: Session, earlier: _Record | None
+def carry_out_held(
+    command: Command[_Plan, _Record], session: Session, earlier: _Record | None = None
 ) -> _Record:
     """Carry out a command whose result this run holds, and go on with an `earlier` run."""
-    started, ranks, result = time.perf_counter(), session.ranks, command.result
-    with ranks.fail_together():
+    started, result = time.perf_counter(), command.result
+    with fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
-        decided_dtype = earlier.inputs.dtype if earlier is not None else None
-        plan = command.plan(session, decided_dtype)
+        inputs: Any = getattr(earlier, "inputs", None)
+        plan = command.plan(session, inputs and inputs.dtype)
     if result is not None:
-        ranks.on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
-    fields = {"source": plan.model_name, **command.fields(plan)}
-    if plan.needs_inputs:
-        session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
-    with ranks.fail_together():
-        windows = calibration_windows(plan)
-        inputs = run_inputs(plan, ranks, windows)
-        record: _Record = resumed_or_new(
-            command.KIND, earlier, plan.recipe, inputs, plan.device, **fields
-        )
-    walks = check_same_on_all_ranks(command.recipe, record, ranks, plan.walks)
-    run = Run(plan, session, windows.ids, walks, record, started)
-    if result is not None:
-        folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint, ranks)
-        if record.state == "finished":
-            ranks.on_rank_0(lambda: result.check_finished(folder, plan))
-            return record
-    command.prepare(run)
-    if result is not None:
-
-        def begin() -> int:
-            folder.begin(command.options.overwrite)
-            return len(record.blocks)
-
-        del record.blocks[ranks.on_rank_0(begin) :]
-    command.change(run)
-    return record
+        on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
+    record = command.work(plan, session, earlier, started)
+    if result is None:
+        return record
+    # Rank 0 has written, so the others take its record.
+    dumped = on_rank_0(lambda: record.model_dump(mode="json"))
+    done: _Record = command.KIND.model_validate(dumped)
+    return done
 
 
-def planned(command: Command[_Plan, _Record]) -> _Plan:
+def planned(command: Command[_Plan, Any]) -> _Plan:
     """The plan that `carry_out` would carry out; nothing is written.
 
     Without a result, the checks of it are left out. The errors are those of `carry_out`.
@@ -208,3 +170,126 @@ def planned(command: Command[_Plan, _Record]) -> _Plan:
     plan = command.plan()
     check_room(plan.disk_bytes(), result.folder)
     return plan
+
+
+def called(
+    kind: type[Command[Any, Any]],
+    model: Any,
+    output: str | Path | None,
+    recipe: Any,
+    options: dict[str, Any],
+    calibration: Any,
+    progress: Callable[..., None] | bool | None,
+    announce: Callable[[Any], None] | None,
+) -> Any:
+    """Carry out a command that a function of Python was called for, and show its progress.
+
+    Args:
+        kind: The command.
+        model: The model.
+        output: The result; None changes a loaded model.
+        recipe: A recipe, or a TOML file with any of its options.
+        options: Options of the recipe and of the run, by name.
+        calibration: Where the windows come from; see `given_windows`.
+        progress: As for `shown_session`.
+        announce: As for `shown_session`.
+    """
+    work, given = RunOptions.pick(options)
+    data, described = given_windows(calibration)
+    chosen = kind.read(model, recipe, given | described)
+    out, how = None if output is None else Path(output), RunOptions(**work, **data)
+    with shown_session(kind.KIND.COMMAND.split()[-1], progress, announce) as session:
+        return carry_out(kind(model, out, chosen, how), session)
+
+
+@dataclass(frozen=True)
+class Run(Generic[_Plan, _Record]):
+    """A run after all checks, while no other run can use the result.
+
+    Attributes:
+        plan: Its plan.
+        session: Who hears of the steps.
+        windows: What it reads of a text: calibration windows (windows, tokens), images, or the
+            windows of a training.
+        record: Its record, with the blocks that an earlier run has finished.
+        started: When it began, on the clock of `time.perf_counter`.
+        folder: The folder of the result; None for a loaded model.
+    """
+
+    plan: _Plan
+    session: Session
+    windows: Any
+    record: _Record
+    started: float
+    folder: ResultFolder | None
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has taken until now, for the record."""
+        totals = {
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if self.plan.device.type == "cuda":
+            totals["peak_device_memory_bytes"] = peak_memory(self.plan.device)
+        return totals
+
+
+class RecordedCommand(Command[_Plan, _Record]):
+    """A command that keeps a record beside its result, from which a killed run continues.
+
+    Its plan is an `OpenModel` with decisions, and its record a `RunRecord`.
+    """
+
+    @abstractmethod
+    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Any]:
+        """Read the text of a run: what decides the result beside the recipe, and `Run.windows`."""
+
+    @abstractmethod
+    def fields(self, plan: _Plan) -> dict[str, Any]:
+        """The fields of a new record beside its source, its recipe and its inputs."""
+
+    def prepare(self, run: Run[_Plan, _Record]) -> Any:
+        """Do what can fail before anything is written, and return what `change` needs of it."""
+
+    @abstractmethod
+    def change(self, run: Run[_Plan, _Record], prepared: Any) -> None:
+        """Change the model, and complete the result."""
+
+    def work(
+        self, plan: _Plan, session: Session, earlier: _Record | None, started: float
+    ) -> _Record:
+        """Go on with the earlier run, or start one; see `Command.work`."""
+        result, options = self.result, self.options
+        fields = {"source": plan.name, **self.fields(plan)}
+        with fail_together():
+            inputs, windows = self.inputs(plan, session)
+            record: _Record = resumed_or_new(
+                self.KIND, earlier, self.recipe, inputs, plan.device, **fields
+            )
+        check_same_on_all_ranks(record)
+        folder = None
+        if result is not None:
+            folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint)
+            if record.state == "finished":
+                on_rank_0(lambda: result.check_finished(folder, plan))
+                return record
+        run = Run(plan, session, windows, record, started, folder)
+        prepared = self.prepare(run)
+        if folder is not None:
+            record.forget_missing({*on_rank_0(lambda: folder.begin(options.overwrite))})
+        self.change(run, prepared)
+        return record
+
+
+class WindowsCommand(RecordedCommand[_Plan, _Record]):
+    """A command that takes calibration windows through a model block by block.
+
+    Its plan is a `RunPlan`, and its record a `BlockwiseRecord`.
+    """
+
+    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Tensor]:
+        """Draw the calibration windows; see `RecordedCommand.inputs`."""
+        if plan.needs_inputs:
+            session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
+        windows = calibration_windows(plan)
+        return run_inputs(plan, windows), windows.ids

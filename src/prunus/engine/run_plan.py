@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,16 +31,48 @@ BYTES_PER_PRUNED_WEIGHT = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The decisions of one run, as far as they concern its model and its windows.
+class OpenModel:
+    """A model that can be read, before a run decides anything about it.
+
+    Attributes:
+        name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights: in its stored dtype, or in that of the computation if
+            a plan has chosen one.
+        device: Where blocks run.
+    """
+
+    name: str
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    device: torch.device
+
+    @property
+    def checkpoint(self) -> CheckpointSource:
+        """The source of a run that reads a checkpoint.
+
+        Raises:
+            TypeError: The run changes a loaded model.
+        """
+        if isinstance(self.source, ModuleSource):
+            raise TypeError(f"{self.name} is a loaded model, which has no checkpoint")
+        return self.source
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(OpenModel):
+    """An open model with the decisions of one run that concern it and its windows.
 
     Attributes:
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        model_name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in the dtype of the computation.
-        device: Where blocks run.
         dtype: The dtype of the forward passes.
         dtype_reason: Why it is that dtype, in words.
         batch: Calibration windows per forward pass.
@@ -53,10 +85,6 @@ class RunPlan:
 
     recipe: WindowOptions
     options: RunOptions
-    model_name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    device: torch.device
     dtype: torch.dtype
     dtype_reason: str
     batch: int
@@ -65,24 +93,6 @@ class RunPlan:
     needs: Needs
     needs_inputs: bool
     walks_windows: bool = True
-
-    @property
-    def checkpoint(self) -> CheckpointSource:
-        """The source of a run that reads a checkpoint.
-
-        Raises:
-            TypeError: The run changes a loaded model.
-        """
-        if isinstance(self.source, ModuleSource):
-            raise TypeError(f"{self.model_name} is a loaded model, which has no checkpoint")
-        return self.source
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     @property
     def method_sha256(self) -> str | None:
@@ -132,7 +142,7 @@ class RunPlan:
 
     @property
     def batches(self) -> int:
-        """Batches of calibration windows, over all ranks."""
+        """Batches of calibration windows, over all processes."""
         return -(-self.recipe.samples // self.batch)
 
     @property
@@ -152,22 +162,45 @@ class RunPlan:
         return ["lockstep" if self.memory.fits_lockstep(index) else "replay" for index in blocks]
 
 
-def measured_memory(
-    plan: RunPlan, *, dense: bool, trained: Collection[int], extra: Sequence[int]
-) -> Memory:
-    """The budgets of a run with what its blocks need, from shapes alone.
+def check_memory(plan: RunPlan) -> None:
+    """Check that every block fits with its hidden states elsewhere and one batch in flight.
+
+    Raises:
+        ValueError: A block does not fit; says what it needs and what the budget is.
+    """
+    needed = max(block.minimum for block in plan.memory.blocks)
+    if plan.memory.budget < needed:
+        held = process_memory()
+        raise ValueError(
+            f"a block needs {(needed + held) / 1e9:.2f} GB with one batch of windows "
+            f"in flight ({plan.batch} × {plan.recipe.seqlen} tokens); the memory budget is "
+            f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`, or lower `batch` or "
+            "`seqlen`"
+        )
+
+
+_Plan = TypeVar("_Plan", bound=RunPlan)
+
+
+def with_memory(
+    plan: _Plan, *, dense: bool, trained: Collection[int], extra: Sequence[int]
+) -> _Plan:
+    """The plan with what its blocks need, from shapes alone, which fits its budgets.
 
     Args:
         plan: The run.
         dense: Whether batches also run through the dense model.
         trained: The blocks that are trained after they are changed.
         extra: Per block, bytes of temporaries beyond those that every run has.
+
+    Raises:
+        ValueError: A block does not fit; see `check_memory`.
     """
     blocks, source = range(len(plan.skeleton)), plan.source
     outside = 0
     if not isinstance(source, ModuleSource):
         outside = source.checkpoint.nbytes(source.outside_keys())
-    return replace(
+    memory = replace(
         plan.memory,
         blocks=tuple(
             _block_memory(plan, index, dense, index in trained, extra[index]) for index in blocks
@@ -175,6 +208,9 @@ def measured_memory(
         stored=tuple(map(source.block_nbytes, blocks)),
         outside=outside,
     )
+    plan = replace(plan, memory=memory)
+    check_memory(plan)
+    return plan
 
 
 def _block_memory(plan: RunPlan, index: int, dense: bool, trained: bool, extra: int) -> BlockMemory:

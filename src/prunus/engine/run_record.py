@@ -220,14 +220,15 @@ class RunRecord(RecordPart):
         """Forget deleted shards, and what depends on them.
 
         Args:
-            missing: File names that `sha256` has and the folder has not.
+            missing: File names of shards that the folder has not.
 
         Returns:
             Whether that changed the record, so that it must be saved.
         """
-        for name in missing:
+        known = missing & self.sha256.keys()
+        for name in known:
             del self.sha256[name]
-        return bool(missing)
+        return bool(known)
 
 
 class BlockwiseRecord(RunRecord):
@@ -265,7 +266,7 @@ class BlockwiseRecord(RunRecord):
         # The blocks after a lost one were calibrated on it, so they are made again as well.
         gone = {self.shard(index) for index in range(lost, len(self.blocks))}
         del self.blocks[lost:]
-        super().forget_missing(missing | (gone & self.sha256.keys()))
+        super().forget_missing(missing | gone)
         return True
 
 

@@ -12,7 +12,7 @@ import torch
 
 from prunus.calibration.sources import TextSource, WindowSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
-from prunus.distributed import Ranks
+from prunus.distributed import on_rank_0
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_plan import RunPlan
 from prunus.engine.run_record import WindowInputs
@@ -123,15 +123,15 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(plan: RunPlan, ranks: Ranks, windows: Windows) -> WindowInputs:
+def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
-    All ranks must call it. Rank 0 reads every byte outside the blocks to hash it.
+    All processes must call it. Rank 0 reads every byte outside the blocks to hash it.
     """
     source = plan.source
     outside: dict[str, str] = {}
     if isinstance(source, CheckpointSource):
-        outside = ranks.on_rank_0(source.outside_digests)
+        outside = on_rank_0(source.outside_digests)
     return WindowInputs(
         checkpoint=source.fingerprint,
         outside=outside,

@@ -1,59 +1,41 @@
-"""Who works on a run, and who hears how far it is."""
+"""Who hears how far a run is."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
+from prunus.distributed import is_rank_0
 from prunus.engine.progress import PREPARATION, Progress, pruning_step, reporter
 from prunus.hardware.machine import peak_memory
 
 
 @dataclass(frozen=True)
 class Session:
-    """The processes of a run, and the functions that hear of it. Neither changes the result.
+    """The functions that hear of a run. They do not change the result.
 
     Attributes:
-        ranks: The processes that work on the run together.
         announce: Called with what is being prepared, before the first step, and with the `Progress`
             of what takes long; None to be silent.
         report: Called after every step; None to be silent.
     """
 
-    ranks: Ranks = SINGLE_PROCESS
     announce: Callable[[Any], None] | None = None
     report: Callable[..., None] | None = None
 
-    @contextlib.contextmanager
-    def joined(self, timeout: float | None) -> Iterator[Session]:
-        """The session with all processes that torchrun started, for the length of a `with` block.
-
-        A session that has several processes already keeps them.
-
-        Args:
-            timeout: Seconds after which a process without a sign of life counts as lost; None for
-                the default.
-        """
-        if self.ranks.size > 1:
-            yield self
-            return
-        with process_group(timeout) as ranks:
-            yield replace(self, ranks=ranks)
-
     def tell(self, message: str | Progress) -> None:
         """Announce what is done next; only the first of several processes does so."""
-        if self.announce is not None and self.ranks.rank == 0:
+        if self.announce is not None and is_rank_0():
             self.announce(message)
 
     def step(self, *step: Any) -> None:
         """Report a finished step; only the first of several processes does so."""
-        if self.report is not None and self.ranks.rank == 0:
+        if self.report is not None and is_rank_0():
             self.report(*step)
 
     def preparing(self, what: str, total: int, device: torch.device) -> Callable[[int], None]:
@@ -80,7 +62,7 @@ class Session:
         return count
 
 
-#: The session of one process that tells nobody.
+#: The session that tells nobody.
 SILENT = Session()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prunus.distributed import on_rank_0
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import extended_card
@@ -59,10 +60,7 @@ def _check(
     if record.check:
         return
     session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
-    ranks = session.ranks
-    [results] = perplexities(
-        [str(result.path)], TEXTS, reference=model, progress=None, ranks=ranks, **scoring
-    )
+    [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=None, **scoring)
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None
         figures = scored.divergence.as_dict() | {"windows": scored.windows, "seqlen": scored.seqlen}
@@ -74,4 +72,4 @@ def _check(
         write_text(result.card, extended_card(read_card(result.card), "Checked", text, name=name))
         result.store_record(record)
 
-    ranks.on_rank_0(enter)
+    on_rank_0(enter)

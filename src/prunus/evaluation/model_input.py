@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import fail_together
 from prunus.hardware.machine import describe_hardware, versions
 from prunus.hardware.numerics import check_finite
 from prunus.model.adapter import check_adapter
@@ -197,13 +197,12 @@ def _states(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def unchanged(*folders: Path | None, ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
-    """A `with` block that fails on all ranks if a file was changed, added or removed meanwhile.
+def unchanged(*folders: Path | None) -> Iterator[None]:
+    """A `with` block that fails on all processes if a file was changed, added or removed meanwhile.
 
     Args:
         folders: Checkpoints, whose weights, index and configuration are watched; None is passed
             over.
-        ranks: The processes that score the models.
 
     Raises:
         ValueError: The files are not what they were at the start.
@@ -226,5 +225,5 @@ def unchanged(*folders: Path | None, ranks: Ranks = SINGLE_PROCESS) -> Iterator[
         # Half-written weights cause errors of many kinds. Name the cause, not its effect.
         check()
         raise
-    with ranks.fail_together():
+    with fail_together():
         check()

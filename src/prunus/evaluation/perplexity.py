@@ -48,7 +48,7 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import fail_together, set_location
 from prunus.engine.progress import shows_progress, window_step
 from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.eval_records import ALL_TEXTS, PerplexityResult, WorstToken
@@ -101,7 +101,6 @@ def perplexity(
     *,
     reference: Any = None,
     progress: WindowProgress | bool | None = True,
-    ranks: Ranks = SINGLE_PROCESS,
     **options: Any,
 ) -> PerplexityResult:
     """The perplexity of a causal language model on a text, and how far it is from a reference.
@@ -121,15 +120,13 @@ def perplexity(
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with the number of windows done and of all windows; half of the blocks of a
             streamed model count as half of the windows.
-        ranks: Processes that make this call together and split the windows. Each has the whole
-            model, or all blocks in turn. The perplexity is that of one process to the last digit.
         **options: See `TextOptions`.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: Before any
             work where possible; says what was given, what is wrong and what to do.
     """
-    shared = {"reference": reference, "progress": progress, "ranks": ranks}
+    shared = {"reference": reference, "progress": progress}
     return perplexities([model_or_path], [text], **shared, **options)[0][0]
 
 
@@ -141,7 +138,6 @@ def perplexities(
     *,
     reference: Any = None,
     progress: WindowProgress | bool | None = True,
-    ranks: Ranks = SINGLE_PROCESS,
     **options: Any,
 ) -> list[list[PerplexityResult]]:
     """The perplexities of models on texts, each model side by side with the others.
@@ -150,12 +146,14 @@ def perplexities(
     logits are computed once and kept nowhere, and differences between two models can be taken
     window by window. Without one, models are scored one after the other.
 
+    Processes that work together make this call together, and split the windows. Each has the whole
+    model, or all blocks in turn. The perplexity is that of one process to the last digit.
+
     Args:
         models: Models as `perplexity` takes them.
         texts: Texts as `perplexity` takes them.
         reference: As for `perplexity`.
         progress: As for `perplexity`, for one text after the other.
-        ranks: As for `perplexity`.
         **options: See `TextOptions`.
 
     Returns:
@@ -181,7 +179,7 @@ def perplexities(
     return [
         results
         for group in groups
-        for results in _side_by_side(group, texts, compared, report, ranks, chosen)
+        for results in _side_by_side(group, texts, compared, report, chosen)
     ]
 
 
@@ -190,20 +188,19 @@ def _side_by_side(
     texts: Sequence[str],
     compared: ModelInput | None,
     progress: WindowProgress | None,
-    ranks: Ranks,
     chosen: TextOptions,
 ) -> list[list[PerplexityResult]]:
     """Score models that share the tokens of the texts, beside a reference; see `perplexities`."""
     seqlen = _seqlen(chosen)
     batch = 1 if chosen.batch == "auto" else chosen.batch
     loaded = next((model.loaded for model in inputs if model.folder is None), None)
-    device = choose_device(chosen.device, loaded, ranks.local_size)
+    device = choose_device(chosen.device, loaded)
     compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)
-    ranks.set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(str, texts))}")
-    with ranks.fail_together():
+    set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(str, texts))}")
+    with fail_together():
         tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
         windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
     everyone = inputs if compared is None else [*inputs, compared]
@@ -211,7 +208,7 @@ def _side_by_side(
     streamed = choose_streamed(folders, chosen.stream, batch * seqlen, compute)
     start = first_scored_row(chosen.protocol, seqlen)
     by_text, seconds = list[list[WindowScores]](), list[float]()
-    with unchanged(*folders, ranks=ranks):
+    with unchanged(*folders):
         opened = [_opened(*each, compute) for each in zip(everyone, streamed, strict=True)]
         scored = opened[: len(inputs)]
         for each in opened:
@@ -227,7 +224,6 @@ def _side_by_side(
                 batch=batch,
                 start=start,
                 progress=progress,
-                ranks=ranks,
             )
             by_text.append(scores)
             seconds.append(time.perf_counter() - started)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from prunus.calibration.corpora import data_folder
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import fail_together, is_rank_0, on_rank_0, set_location
 from prunus.engine.progress import Shown, shows_progress
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.eval_records import TaskResults, TaskScore
@@ -81,35 +81,34 @@ class TaskRun:
     #: How the models are computed.
     options: ComputeOptions
 
-    def run(
-        self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
-    ) -> list[TaskResults]:
+    def run(self, progress: Callable[[str], None] | None = None) -> list[TaskResults]:
         """Evaluate model after model. Only one of them is in memory at a time.
+
+        Several processes split the rows of each task, and all get the same scores.
 
         Args:
             progress: Called on rank 0 with a line of text after every task.
-            ranks: The processes that split the rows of each task. All get the same scores.
 
         Raises:
             ValueError: Outputs are not finite, a tokenizer belongs to another model, or a
                 checkpoint was changed meanwhile.
         """
-        choose_device(str(self.options.device), processes=ranks.local_size)
+        choose_device(str(self.options.device))
         results = []
         for model, tokenizer in self.models:
             scores: list[TaskScore] = []
-            ranks.set_location(f"loading {model.name}")
-            with unchanged(model.folder, ranks=ranks):
-                with ranks.fail_together():
+            set_location(f"loading {model.name}")
+            with unchanged(model.folder):
+                with fail_together():
                     loaded = model.load(self.options)
-                    wrapped = wrap_model(loaded, tokenizer, self.batch, ranks)
+                    wrapped = wrap_model(loaded, tokenizer, self.batch)
                 for task in self.tasks:
-                    ranks.set_location(f"{task.name} of {model.name}")
+                    set_location(f"{task.name} of {model.name}")
                     of_task = run_task(task, wrapped)
                     # lm-eval returns the scores on rank 0 alone.
-                    sent = ranks.on_rank_0(partial(list, [asdict(score) for score in of_task]))
+                    sent = on_rank_0(partial(list, [asdict(score) for score in of_task]))
                     of_task = of_task or [TaskScore(**score) for score in sent]
-                    if progress is not None and ranks.rank == 0:
+                    if progress is not None and is_rank_0():
                         progress(f"{model.name}: {task.name} done in {of_task[0].seconds:.0f} s")
                     scores += of_task
             # Free this model's memory before the next one is loaded.

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import ranks
 from prunus.evaluation.eval_records import PAPER7, Metric, TaskScore
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.hardware.errors import did_you_mean, reason
@@ -96,7 +96,7 @@ def load_tasks(
         return [_load(name, catalogue, shots, limit, files.get(name)) for name in configs]
 
 
-def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SINGLE_PROCESS) -> Any:
+def wrap_model(model: Any, tokenizer: Any, batch: int | str) -> Any:
     """Wrap a loaded transformers model for lm-eval.
 
     Batch "auto" lets lm-eval try which size fits on a CUDA device. Of n ranks, rank r gets the rows
@@ -106,7 +106,6 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
         model: A loaded transformers model, which is scored where it is.
         tokenizer: Its tokenizer.
         batch: Sequences per forward pass, or "auto".
-        ranks: The processes that split the rows.
     """
     with _quiet_lm_eval():
         from lm_eval.models.huggingface import HFLM
@@ -114,15 +113,15 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
         class RankedModel(HFLM):
             """A model with its ranks, which lm-eval sets only for models that it loads itself."""
 
-            rank, world_size = ranks.rank, ranks.size
+            rank, world_size = ranks().rank, ranks().size
 
             def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
                 """The values of all ranks, as one vector on the CPU."""
-                return ranks.all_gather(tensor.reshape(-1).cpu())
+                return ranks().all_gather(tensor.reshape(-1).cpu())
 
             def barrier(self) -> None:
                 """Wait for all ranks."""
-                ranks.gather_ints([0])
+                ranks().gather_ints([0])
 
         return RankedModel(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch

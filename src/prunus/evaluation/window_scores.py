@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from prunus.calibration.windows import check_context, check_ids
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import own_part, ranks
 from prunus.engine.document import Measured
 from prunus.evaluation.eval_records import Divergence
 from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
@@ -190,9 +190,10 @@ def score_windows(
     batch: int = 1,
     start: int = 0,
     progress: WindowProgress | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[WindowScores]:
     """Score all windows by all models side by side, a few rows of logits at a time.
+
+    Several ranks split the windows, and all get all scores.
 
     The cross entropy is computed in float32, and summed in float64. Logits are kept nowhere: those
     of the reference are there while each model is compared with them.
@@ -205,7 +206,6 @@ def score_windows(
         start: The first row of a window that is scored. Rows before it are context only.
         progress: Called with the number of windows done, and the number of all windows of this
             rank. A window counts half when one of two models is done with it.
-        ranks: The processes that split the windows.
 
     Returns:
         The scores of each model.
@@ -213,8 +213,7 @@ def score_windows(
     Raises:
         ValueError: Outputs are not finite, or the vocabularies differ.
     """
-    span = ranks.own_range(len(ids), batch)
-    ids_of_rank = ids[span.start : span.stop]
+    ids_of_rank = own_part(ids, batch)
     sources = [*([] if reference is None else [reference]), *models]
     # What the metrics measure at every token, each once, in a fixed order.
     every = dict.fromkeys(x.measure for x in METRICS if x.measure is not None)
@@ -249,11 +248,11 @@ def score_windows(
             of_window = [{x: of_model[x][window] for x in measures} for of_model in values]
             losses = _score_window(rows, ids_S, window, start, of_window)
             losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
-    losses_WM = ranks.all_gather(losses_WM)
+    losses_WM = ranks().all_gather(losses_WM)
     return [
         WindowScores(
             losses_WM[:, [position]] if reference is None else losses_WM[:, [0, position + 1]],
-            {measure: ranks.all_gather(values_WT) for measure, values_WT in of_model.items()},
+            {measure: ranks().all_gather(values_WT) for measure, values_WT in of_model.items()},
         )
         for position, of_model in enumerate(values)
     ]

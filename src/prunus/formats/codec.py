@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.engine.linear_plan import LinearSelection
-from prunus.engine.open_model import OpenModel
 from prunus.engine.result import MEASUREMENT, Result
+from prunus.engine.run_plan import OpenModel
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import Given, SizePlan, compressible
@@ -107,7 +107,6 @@ class Codec(ABC):
         path: Path,
         dest: Path,
         *,
-        overwrite: bool = False,
         dtype: str | None = "bfloat16",
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
@@ -118,8 +117,7 @@ class Codec(ABC):
 
         Args:
             path: The result.
-            dest: A folder that does not exist or is empty.
-            overwrite: Whether to replace what `dest` holds.
+            dest: A folder that does not exist.
             dtype: Dtype of the weights in the checkpoint; None leaves it to the format.
             progress: Called with a line of text before each step; None for silence.
 

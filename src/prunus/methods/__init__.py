@@ -7,7 +7,7 @@
     statistics.py     what a method knows of a linear's inputs
     allocation.py     how a sparsity is distributed over layers
     structured.py     which experts and blocks to remove
-    divergence.py     the KL divergence: for figures, for ranks of candidates, for training
+    divergence.py     the KL divergence: for figures, for the order of candidates, for training
 
     magnitude.py      |W|
     wanda.py          |W| · ‖X‖

@@ -265,7 +265,7 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def _in_parts(score_GC: Tensor, keep_GC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs of groups, as views of both: as many as the device ranks well at a time."""
+    """Runs of groups, as views of both: as many as the device sorts well at a time."""
     on_cpu = score_GC.device.type == "cpu"
     at_a_time = _SCORES_AT_A_TIME if on_cpu else _SCORES_AT_A_TIME_ON_GPU
     groups = max(1, at_a_time // score_GC.shape[1])

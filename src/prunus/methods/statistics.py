@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from prunus.distributed import Ranks
+from prunus.distributed import ranks, sum_ints
 from prunus.hardware.numerics import all_finite, low_precision_product, tf32_products
 from prunus.kernels import library as kernels
 
@@ -226,7 +226,7 @@ class InputStatistics:
         if self.gram_II is not None:
             self.gram_II.diagonal().add_(squares_I)
 
-    def complete(self, ranks: Ranks) -> None:
+    def complete(self) -> None:
         """Make these the statistics of all ranks' batches. All ranks call it at the same linear.
 
         Sums of squares add up batch by batch in the order of batches, so they equal those of one
@@ -241,14 +241,13 @@ class InputStatistics:
         self._derived.clear()
         local_BI = torch.stack([*self._by_batch, torch.zeros_like(self.sum_squares_I)])[:-1]
         self._by_batch = None
-        for squares_I in ranks.all_gather(local_BI):
+        for squares_I in ranks().all_gather(local_BI):
             self.sum_squares_I += squares_I
-        counts = ranks.gather_ints([self.tokens, self._paired_tokens])
-        self.tokens, self._paired_tokens = map(sum, zip(*counts, strict=True))
+        self.tokens, self._paired_tokens = sum_ints([self.tokens, self._paired_tokens])
         # Every rank has the same sums, so all make the same calls in the same order.
         for sum_II in (self.gram_II, self.drift_gram_II, self.drift_II):
             if sum_II is not None:
-                ranks.all_reduce(sum_II)
+                ranks().all_reduce(sum_II)
 
     def check_finite(self, name: str) -> None:
         """Check that no activation of linear `name` was infinite or NaN: it would show in sums.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.distributed import Ranks
+from prunus.distributed import sum_floats, sum_ints
 
 
 class ExpertSums:
@@ -57,12 +57,11 @@ class ExpertSums:
         )
         self.tokens_E[expert] += len(weight_T)
 
-    def complete(self, ranks: Ranks) -> None:
-        """Make these the sums over the tokens of all ranks. All ranks call it at the same layer."""
-        self.tokens_E = torch.tensor(ranks.gather_ints(self.tokens_E.tolist())).sum(dim=0)
-        self._weighted_E = torch.tensor(
-            ranks.sum_floats(self._weighted_E.tolist()), dtype=torch.float64
-        )
+    def complete(self) -> None:
+        """Make these the sums over the tokens of all processes, which call it at the same layer."""
+        self.tokens_E = torch.tensor(sum_ints(self.tokens_E.tolist()))
+        weighted = sum_floats(self._weighted_E.tolist())
+        self._weighted_E = torch.tensor(weighted, dtype=torch.float64)
 
     @property
     def reap_E(self) -> Tensor:

@@ -7,20 +7,20 @@ import re
 import torch
 from torch import nn
 
+from prunus.distributed import ranks
 from prunus.hardware.errors import did_you_mean
 
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1) -> torch.device:
+def choose_device(name: str, loaded: nn.Module | None = None) -> torch.device:
     """The device called `name`. Each of several processes on a host takes a CUDA device of its own.
 
     Args:
         name: "cpu", "cuda", "cuda:<number>" or "auto".
         loaded: For "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
             there is any, and the CPU if not.
-        processes: How many processes of the run are on this host.
 
     Raises:
         ValueError: This is no name of a device, that CUDA device does not exist, or processes would
@@ -46,6 +46,7 @@ def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1
         raise ValueError(
             f"device {name!r} is not there: {available} CUDA devices are visible; use cpu or auto"
         )
+    processes = ranks().local_size
     if processes > 1 and name != "cuda":
         raise ValueError(
             f"device {name!r} would be shared by the {processes} processes on this host: "

@@ -1,37 +1,44 @@
-"""The command plan: what prune, compress or shrink would do and cost."""
+"""The command plan: what a command that writes a model would do and cost."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from prunus.compression.compress import Compression
-from prunus.compression.rounding import write_lists
 from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.hardware.sizes import parse_bytes
-from prunus.options import takes
-from prunus.pruning.prune import Pruning
+from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
-from prunus.structure.shrink import Shrinking
+from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.structure.structure_record import StructureRecipe
 
-#: Name of a command -> the class of its recipe, and the command as the engine knows it.
-_COMMANDS: dict[str, tuple[Any, Any]] = {
-    "prune": (Recipe, Pruning),
-    "compress": (CompressionRecipe, Compression),
-    "shrink": (StructureRecipe, Shrinking),
+#: Name of a command -> its class, a `Command` of the engine, as "module:class".
+COMMANDS = {
+    "prune": "prunus.pruning.prune:Pruning",
+    "compress": "prunus.compression.compress:Compression",
+    "shrink": "prunus.structure.shrink:Shrinking",
+    "recover": "prunus.recovery.recover:Recovering",
+    "import": "prunus.formats.gguf.import_checkpoint:Importing",
+}
+# Options that belong to one command: the first of these that is given says which one is planned.
+_TELLING = {
+    "compress": ("bits", "size", "type"),
+    "shrink": ("blocks", "experts"),
+    "recover": ("mode", "text", "teacher"),
 }
 
 
-@takes(Recipe, CompressionRecipe, StructureRecipe, RunOptions)
+@takes(Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, RunOptions)
 def plan(
     model: str | Path,
     output: str | Path | None = None,
     command: str | None = None,
     *,
     recipe: Any = None,
+    teacher: str | Path | None = None,
     fits: str | int | None = None,
     context: int | None = None,
     tensor_types: str | Path | None = None,
@@ -44,11 +51,13 @@ def plan(
     It checks all that a run checks first, and reads no weights but those of a dtype trial.
 
     Args:
-        model: A checkpoint folder or a hub id.
+        model: A checkpoint folder or a hub id; for import a GGUF file.
         output: Folder or file of the result, which is only checked; None leaves that out.
-        command: prune, compress or shrink. None follows from the options: `bits`, `size`, `type`
-            and `fits` belong to compress, `blocks` and `experts` to shrink.
+        command: prune, compress, shrink, recover or import. None follows from the options: `bits`,
+            `size`, `type` and `fits` belong to compress, `blocks` and `experts` to shrink, `mode`,
+            `text` and `teacher` to recover. Without any of them it is prune.
         recipe: The recipe of the command, or a TOML file with any of its options.
+        teacher: For recover, the dense model whose logits are learned.
         fits: Plan the largest GGUF file with which llama.cpp takes at most this memory, as a number
             of bytes or such as "8GB".
         context: With `fits`: tokens of the context; None for the model's.
@@ -59,14 +68,17 @@ def plan(
         **options: Options of the command's recipe and of the run.
 
     Returns:
-        The plan as JSON values; see `RunPlan.describe`. `needs` has the parts of `fits`, `written`
-        the files, and `training` what preset max trains.
+        The plan as JSON values; see `describe` of the plan of each command. `needs` has the parts
+        of `fits`, `written` the files, and `training` what preset max trains.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: The run would
             fail; says what was given, what is wrong and what to do.
     """
     work, given = RunOptions.pick(options)
+    of_command = {} if teacher is None else {"teacher": teacher}
+    if of_command and command not in (None, "recover"):
+        raise ValueError(f"{command} takes no `teacher`: leave it out, or plan recover")
     how, output = RunOptions.read(None, work), None if output is None else Path(output)
     lists = [None if path is None else Path(path) for path in (tensor_types, imatrix)]
     written = [str(path) for path in lists if path is not None]
@@ -83,11 +95,19 @@ def plan(
         memory = parse_bytes(fits, 1000) if isinstance(fits, str) else fits
         plan, needs = plan_to_fit(str(model), output, (recipe, given), how, memory, context)
     else:
-        kind, build = _COMMANDS[command or _command_of(given, bool(written))]
-        chosen = kind.read(recipe, given)
-        plan = planned(build(model, output, chosen, how))
-    choice = write_lists(plan, lists[0], lists[1], progress) if written else None
-    described = plan.describe(choice) | {"written": written, "needs": needs}
+        default = "compress" if written else _command_of(given | of_command)
+        one_of([*COMMANDS]).check("command", command or default)
+        module, _, name = COMMANDS[command or default].partition(":")
+        kind = getattr(import_module(module), name)
+        chosen = kind.read(model, recipe, given)
+        plan = planned(kind(model, output, chosen, how, **of_command))
+    if written:
+        from prunus.compression.rounding import write_lists
+
+        described = plan.describe(write_lists(plan, lists[0], lists[1], progress))
+    else:
+        described = plan.describe()
+    described |= {"written": written, "needs": needs}
     if trains:
         from prunus.recovery.max_preset import plan_training
 
@@ -95,8 +115,11 @@ def plan(
     return described
 
 
-def _command_of(options: dict[str, Any], writes_lists: bool) -> str:
-    """The command that options belong to."""
-    if writes_lists or {"bits", "size", "type"} & options.keys():
-        return "compress"
-    return "shrink" if {"blocks", "experts"} & options.keys() else "prune"
+def _command_of(options: dict[str, Any]) -> str:
+    """The command that options belong to.
+
+    >>> _command_of({"bits": 4}), _command_of({"text": "c4"}), _command_of({"sparsity": 0.5})
+    ('compress', 'recover', 'prune')
+    """
+    given = (name for name, telling in _TELLING.items() if options.keys() & telling)
+    return next(given, "prune")

@@ -11,11 +11,9 @@ from torch import nn
 
 from prunus.engine.linear_plan import LinearSelection, Storage
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.open_model import OpenModel
-from prunus.engine.run import carry_out
+from prunus.engine.run import called
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
-from prunus.engine.session import SILENT, Session, shown_session
+from prunus.engine.run_plan import OpenModel
 from prunus.methods.table import GIVEN, Method
 from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource
@@ -62,29 +60,6 @@ def prune(
             work where possible; says what was given, what is wrong and what to do.
         RankError: Under torchrun, another process was lost or failed; names it.
     """
-    run_options, recipe_options = RunOptions.pick(options)
-    data, described = given_windows(calibration)
-    if isinstance(method, Method):
-        run_options["own_method"], method = method, f"{GIVEN}{method.name}"
-    chosen = Recipe.read(
-        recipe, {"method": method, "sparsity": sparsity} | recipe_options | described
-    )
-    folder = Path(output) if output is not None else None
-    with shown_session("prune", progress, announce) as session:
-        return run(model, folder, chosen, RunOptions(**run_options, **data), session)
-
-
-def run(
-    model: str | Path | nn.Module,
-    output: Path | None,
-    recipe: Recipe,
-    options: RunOptions,
-    session: Session = SILENT,
-) -> Manifest:
-    """Carry out a recipe. The arguments and errors are those of `prune`.
-
-    `output` None prunes a loaded model in place; a checkpoint needs an output.
-    """
     if isinstance(model, nn.Module) and output is not None:
         raise ValueError(
             "a loaded model is pruned in place: leave output out and call its save_pretrained "
@@ -92,7 +67,13 @@ def run(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-    return carry_out(Pruning(model, output, recipe, options), session)
+    if isinstance(method, Method):
+        options["own_method"], method = method, f"{GIVEN}{method.name}"
+    options |= {"method": method, "sparsity": sparsity}
+    record: Manifest = called(
+        Pruning, model, output, recipe, options, calibration, progress, announce
+    )
+    return record
 
 
 class PlainTensors(Storage):
@@ -109,7 +90,7 @@ class PlainTensors(Storage):
 class Pruning(LinearCommand[Manifest]):
     """The command prune, as the engine knows it."""
 
-    KIND = Manifest
+    RECIPE, KIND = Recipe, Manifest
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
         """Plain tensors."""

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from prunus.distributed import is_rank_0
 from prunus.engine.run_record import RecordPart
 from prunus.hardware.errors import reason
 from prunus.model.checkpoint.files import remove
@@ -55,14 +56,13 @@ class Checkpoints:
 
     Args:
         folder: The folder of the result.
-        writes: True on the one rank that writes. All ranks read.
 
-    In all methods, `parameters` are the trained ones: name -> float32.
+    All processes read, and rank 0 writes. In all methods, `parameters` are the trained ones: name
+    -> float32.
     """
 
-    def __init__(self, folder: Path, writes: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writes = writes
 
     def save(
         self,
@@ -71,7 +71,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write the state after an evaluation, and the weights if it is the best so far."""
-        if not self._writes:
+        if not is_rank_0():
             return
         if state.best == len(state.evaluations) - 1:
             save_safetensors(self._best(state), dict(parameters))

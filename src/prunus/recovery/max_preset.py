@@ -15,37 +15,38 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration.sources import find_source
-from prunus.calibration.windows import WindowRequest
-from prunus.engine.folder import ResultFolder, find_earlier, held, remove_result
+from prunus.distributed import fail_together, on_rank_0, process_group, ranks
+from prunus.engine.folder import find_earlier, held, remove_result
 from prunus.engine.progress import Progress
+from prunus.engine.run import carry_out, carry_out_held
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import check_known
-from prunus.engine.session import SILENT
+from prunus.engine.session import Session
 from prunus.model.checkpoint.output_folder import (
     check_apart,
     check_disk,
     check_folder_name,
     check_resume,
+    check_whole,
     is_vacant,
 )
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
-from prunus.model.source import CheckpointSource, tensors_digest
+from prunus.model.source import tensors_digest
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.prune import run
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.recover import carry_out
+from prunus.recovery.recover import Recovering
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.recovery.recovery_plan import (
-    check_ranks,
+    RecoveryPlan,
     draw_training_text,
     full_fingerprint,
-    open_teacher,
+    plan_recovery,
 )
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.training import Step
@@ -56,8 +57,6 @@ PRUNED = ".prunus-pruned"
 _DEFAULT_MINUTES = 20.0
 # Windows of up to this many tokens take the faster attention of `recover`.
 _SEQLEN = 512
-# Bytes per parameter of the training: float32 weights, their gradients and Adam's two moments.
-_STATE_BYTES = 16
 
 
 @takes(Recipe, RunOptions)
@@ -132,41 +131,39 @@ def max_run(
             `prune_and_recover`.
     """
     pruned = output / PRUNED
-    with SILENT.joined(options.rank_timeout) as joint:
-        ranks = joint.ranks
-        training = training_options(recipe, ranks=ranks.size, **budget)
-        check_ranks(training, ranks)
-        with ranks.fail_together():
-            source = _check_training(model, output, training, options)
+    with process_group(options.rank_timeout):
+        training = training_options(recipe, processes=ranks().size, **budget)
+        with fail_together():
+            source = _check_training(model, output, training, options).source
 
         find = functools.partial(
             _find_earlier, output, recipe, training, options, source.checkpoint.folder
         )
-        with held(RecoveryRecord, output, ranks, find) as earlier:
+        with held(RecoveryRecord, output, find) as earlier:
             finished = earlier if earlier is not None and earlier.state == "finished" else None
             if finished is None:
                 # What a run finished in the folder `pruned` is taken over.
                 was_pruned = not options.overwrite and (pruned / INDEX_NAME).exists()
                 either = options.model_copy(update={"resume": None})
                 with shown[0] as callbacks:
-                    manifest = run(model, pruned, recipe, either, replace(joint, **callbacks))
+                    command = Pruning(model, pruned, recipe, either)
+                    manifest = carry_out(command, Session(**callbacks))
                 # The student must not learn from another model than it was pruned from.
-                with ranks.fail_together():
+                with fail_together():
                     for index, block in enumerate(manifest.blocks if was_pruned else ()):
                         digest = tensors_digest(source.block(index))
                         check_known({block.name: block.input_sha256}, block.name, digest)
             else:
-                with ranks.fail_together():
+                with fail_together():
                     same = {"teacher": full_fingerprint(source)}
                     finished.check_same_run(training, finished.inputs.model_copy(update=same))
-                ResultFolder(output, finished, ranks=ranks).check_finished()
+                on_rank_0(lambda: check_whole(output))
                 manifest = Manifest.load(output)
             with shown[1] as callbacks:
-                session = replace(joint, **callbacks)
-                record = finished or carry_out(
-                    pruned, output, training, options, session, model, earlier, str(model)
-                )
-            ranks.on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
+                training_run = Recovering(pruned, output, training, options, model, str(model))
+                session = Session(**callbacks)
+                record = finished or carry_out_held(training_run, session, earlier)
+            on_rank_0(lambda: remove_result(pruned, Manifest.FILE))
             return manifest, record
 
 
@@ -189,21 +186,13 @@ def plan_training(
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
             training could not begin.
     """
-    training = training_options(recipe)
-    source = _check_training(model, output, training, options)
-    stored = source.checkpoint.nbytes(source.checkpoint.tensors)
-    state = _STATE_BYTES * stored // source.stored_dtype.itemsize
-    return {
-        "minutes": training.minutes,
-        "text": training.text,
-        "seqlen": training.seqlen,
-        "batch": training.batch,
-        "memory_bytes": state + stored,
-    }
+    described = _check_training(model, output, training_options(recipe), options).describe()
+    shown = ("minutes", "text", "seqlen", "batch", "memory_bytes")
+    return {name: described[name] for name in shown}
 
 
 def training_options(
-    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
+    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, processes: int = 1
 ) -> RecoveryOptions:
     """How the pruned model is trained: on the text that it is calibrated on.
 
@@ -211,7 +200,7 @@ def training_options(
         recipe: How the model is pruned. It gives text, seqlen, seed, BOS and dtype.
         minutes: Budget in minutes; 20 if neither budget is given.
         tokens: Budget in tokens, instead of minutes.
-        ranks: Number of processes. Each needs a window of every step.
+        processes: Their number. Each needs a window of every step.
 
     Raises:
         ValueError: A budget is out of range, or both are given.
@@ -236,7 +225,7 @@ def training_options(
             "dtype": recipe.dtype if recipe.dtype != "float16" else "auto",
         },
     )
-    return training.model_copy(update={"batch": max(training.batch, ranks)})
+    return training.model_copy(update={"batch": max(training.batch, processes)})
 
 
 def _find_earlier(
@@ -265,9 +254,12 @@ def _find_earlier(
 
 
 def _check_training(
-    model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
-) -> CheckpointSource:
-    """Check what the training needs before anything is pruned, and return the dense model.
+    model: str | Path,
+    output: Path | None,
+    training: RecoveryOptions,
+    options: RunOptions,
+) -> RecoveryPlan:
+    """The plan of the training, before anything is pruned: the dense model stands for the pruned.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError, OSError: The
@@ -278,15 +270,11 @@ def _check_training(
             "preset max trains the model as transformers defines it, without code from the "
             "checkpoint: drop `trust_remote_code`, or prune with preset best"
         )
-    find_source(training.text).check(
-        WindowRequest(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
-    )
-    source = open_teacher(model)
+    plan = plan_recovery(resolve_folder(model), training, options, model)
     if output is not None:
         check_folder_name(output)
-        check_apart(output, source.checkpoint.folder)
-        # The pruned checkpoint, the result, and the state of the training.
-        stored = source.checkpoint.nbytes(source.checkpoint.tensors)
-        check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
-    draw_training_text(training, source, options.data)
-    return source
+        check_apart(output, plan.source.checkpoint.folder)
+        # The pruned checkpoint beside the result and the state of the training.
+        check_disk(output, plan.stored_bytes + plan.disk_bytes())
+    draw_training_text(plan)
+    return plan

@@ -12,16 +12,19 @@ Tensors are stored in the dtype of the pruned checkpoint.
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from prunus.engine.folder import ResultFolder, find_earlier, held
+from prunus.calibration.training_text import TrainingText
+from prunus.distributed import fail_together, is_rank_0, on_rank_0, process_group
+from prunus.engine.folder import ResultFolder
 from prunus.engine.progress import Shown, shows_progress
+from prunus.engine.result import Result
+from prunus.engine.run import RecordedCommand, Run, carry_out
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import (
     bos_words,
@@ -30,11 +33,9 @@ from prunus.engine.run_record import (
     shard_name,
     source_name,
 )
-from prunus.engine.session import Session
-from prunus.hardware.machine import peak_memory
+from prunus.engine.session import SILENT, Session
 from prunus.model.adapter import save_adapter
 from prunus.model.checkpoint.files import remove, write_text
-from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -42,8 +43,13 @@ from prunus.options import takes
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
-from prunus.recovery.recovery_plan import RecoveryPlan, check_ranks, default_mode, plan_recovery
-from prunus.recovery.recovery_record import RecoveryRecord
+from prunus.recovery.recovery_plan import (
+    RecoveryPlan,
+    default_mode,
+    plan_recovery,
+    recovery_inputs,
+)
+from prunus.recovery.recovery_record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.student import base_name, load_student, load_teacher
 from prunus.recovery.trainable import Trainable, check_zeros
 from prunus.recovery.training import Step, Training
@@ -96,123 +102,135 @@ def recover(
             weights are the result in `output` nevertheless. Or a model was changed during the work.
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
-    out = Path(output)
     session = Session(report=progress if callable(progress) else None)
-    work, recipe_options = RunOptions.pick(options)
+    work, given = RunOptions.pick(options)
     for name in _NOT_TAKEN:
         if work.get(name):
             raise ValueError(f"prunus recover has no option `{name}`; leave it out")
     how = RunOptions.read(None, work)
-    with session.joined(how.rank_timeout) as joint:
-        with joint.ranks.fail_together():
-            recipe = RecoveryOptions.read(
-                None, recipe_options | {"mode": mode or default_mode(model)}
-            )
-        check_ranks(recipe, joint.ranks)
-        sources = [Path(source) for source in (model, teacher) if source is not None]
-        find = functools.partial(find_earlier, RecoveryRecord, out, recipe, how, *sources)
-        with held(RecoveryRecord, out, joint.ranks, find) as earlier:
-            return carry_out(model, out, recipe, how, joint, teacher, earlier)
+    with process_group(how.rank_timeout):
+        with fail_together():
+            recipe = Recovering.read(model, None, given | {"mode": mode})
+        return carry_out(Recovering(model, Path(output), recipe, how, teacher), session)
 
 
-def carry_out(
-    model: str | Path,
-    output: Path,
-    recipe: RecoveryOptions,
-    options: RunOptions,
-    session: Session,
-    teacher: str | Path | None,
-    earlier: RecoveryRecord | None,
-    name: str | None = None,
-) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds. All ranks call it.
+class RecoveryResult(Result[RecoveryRecord]):
+    """A trained checkpoint, or an adapter."""
 
-    Args:
-        model: Folder or hub id of the checkpoint to train.
-        output: Folder of the result, which is locked.
-        recipe: How the model is trained.
-        options: How the work is done.
-        session: The processes of the run, and who hears of its steps.
+    def check_finished(self, folder: ResultFolder, plan: RecoveryPlan) -> None:
+        """Check that a checkpoint is whole; a kill right after the end leaves the training."""
+        if plan.recipe.mode != "lora":
+            super().check_finished(folder, plan)
+        Checkpoints(self.folder).clear()
+
+
+@dataclass(frozen=True)
+class Recovering(RecordedCommand[RecoveryPlan, RecoveryRecord]):
+    """The command recover, as the engine knows it.
+
+    Attributes:
         teacher: Folder or hub id of the dense model, or None.
-        earlier: The record of the run that is resumed or finished; None for a new run.
         name: What the record calls the model; None for `model`.
-
-    Raises:
-        ValueError, RuntimeError: As `recover`, and all errors of `plan_recovery`.
     """
-    started = time.perf_counter()
-    ranks = session.ranks
-    with ranks.fail_together():
-        plan = plan_recovery(model, recipe, options, ranks, teacher, earlier, name)
-    folder = ResultFolder(output, plan.record, plan.source.checkpoint, ranks)
-    checkpoints = Checkpoints(output, writes=ranks.rank == 0)
-    if plan.record.state == "finished":
-        if recipe.mode != "lora":
-            folder.check_finished()
-        checkpoints.clear()  # A kill right after the end leaves them.
-        return plan.record
-    with ranks.fail_together():
-        student, size = load_student(plan)
-        dense = load_teacher(plan)
-        plan.check_unchanged()
-    # Nothing is written until both models are loaded: most mistakes show before that.
-    ranks.on_rank_0(lambda: _claim(plan, folder, student, options.overwrite))
-    training = Training(
-        student, plan.text, recipe, plan.dtype, dense, checkpoints, session.step, ranks
-    )
-    state = training.run()
-    record, best = plan.record, state.evaluations[state.best]
-    record.evaluations, record.best, record.stopped = state.evaluations, state.best, state.stopped
-    added = student.trained if recipe.mode == "lora" else 0
-    record.totals = {
-        "parameters": size,
-        "trained_parameters": student.trained,
-        "added_parameters": added,
-        "added_share": added / size,
-        "peak_learning_rate": recipe.peak_rate(student.weight_rms),
-        "tokens": state.tokens,
-        "seconds": round(state.seconds, 2),
-        "held_out_perplexity_before": state.evaluations[0].perplexity,
-        "held_out_perplexity_after": best.perplexity,
-    }
-    if state.stopped is not None and state.best == 0:
-        raise ValueError(
-            f"training stopped: {state.stopped}, and no evaluation before was better than "
-            f"the start. {output} holds no result; lower `learning_rate` and `overwrite` it"
-        )
 
-    # All ranks hold the same weights, so one of them writes.
-    def write() -> str:
-        plan.check_unchanged()
-        plan.record.totals |= {
-            "seconds_this_time": round(time.perf_counter() - started, 2),
-            "peak_memory_bytes": peak_memory(),
+    RECIPE, KIND = RecoveryOptions, RecoveryRecord
+
+    teacher: str | Path | None = None
+    name: str | None = None
+
+    @classmethod
+    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> RecoveryOptions:
+        """The options, with the mode that follows from the model if none is given."""
+        mode = given.get("mode") or default_mode(model)
+        return RecoveryOptions.read(recipe, given | {"mode": mode})
+
+    @property
+    def result(self) -> RecoveryResult | None:
+        """The folder of the result, which lies apart from both models."""
+        apart = () if self.teacher is None else (Path(self.teacher),)
+        return None if self.output is None else RecoveryResult(self.output, self.KIND, apart)
+
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:
+        """See `plan_recovery`. The dtype follows from the device, also in a resumed run."""
+        plan = plan_recovery(self.model, self.recipe, self.options, self.teacher)
+        return plan if self.name is None else replace(plan, name=self.name)
+
+    def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
+        """See `recovery_inputs`."""
+        return recovery_inputs(plan)
+
+    def fields(self, plan: RecoveryPlan) -> dict[str, Any]:
+        """The name of the teacher."""
+        return {"teacher": None if self.teacher is None else str(self.teacher)}
+
+    def prepare(self, run: Run[RecoveryPlan, RecoveryRecord]) -> tuple[Trainable, int, Any]:
+        """Load both models: most mistakes show before anything is written.
+
+        Returns:
+            The model to train, its number of parameters, and the teacher.
+        """
+        with fail_together():
+            student, size = load_student(run.plan)
+            dense = load_teacher(run.plan)
+            run.plan.check_unchanged()
+        return student, size, dense
+
+    def change(
+        self, run: Run[RecoveryPlan, RecoveryRecord], prepared: tuple[Trainable, int, Any]
+    ) -> None:
+        """Train, and write the best weights.
+
+        Raises:
+            ValueError, RuntimeError: As `recover`.
+        """
+        student, size, dense = prepared
+        plan, recipe, record = run.plan, run.plan.recipe, run.record
+        output, folder = self.output, run.folder
+        assert output is not None and folder is not None, "a model on disk is trained"
+        if self.options.overwrite and is_rank_0():
+            # No mixture of a checkpoint and an adapter may look whole.
+            for name in ("config.json", CONFIG_NAME):
+                remove(output / name)
+        checkpoints = Checkpoints(output)
+        training = Training(
+            student, run.windows, recipe, plan.dtype, dense, checkpoints, run.session.step
+        )
+        state = training.run()
+        best = state.evaluations[state.best]
+        record.evaluations, record.best = state.evaluations, state.best
+        record.stopped = state.stopped
+        added = student.trained if recipe.mode == "lora" else 0
+        record.totals = {
+            "parameters": size,
+            "trained_parameters": student.trained,
+            "added_parameters": added,
+            "added_share": added / size,
+            "peak_learning_rate": recipe.peak_rate(student.weight_rms),
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 2),
+            "held_out_perplexity_before": state.evaluations[0].perplexity,
+            "held_out_perplexity_after": best.perplexity,
         }
-        write_result(plan, folder, student)
-        checkpoints.clear()
-        return plan.record.model_dump_json()
+        if state.stopped is not None and state.best == 0:
+            raise ValueError(
+                f"training stopped: {state.stopped}, and no evaluation before was better than "
+                f"the start. {output} holds no result; lower `learning_rate` and `overwrite` it"
+            )
 
-    record = RecoveryRecord.model_validate_json(ranks.on_rank_0(write))
-    if record.stopped is not None:
-        raise ValueError(
-            f"training stopped: {record.stopped}. {output} holds the weights of step "
-            f"{best.step}, the best until then; lower `learning_rate`"
-        )
-    return record
+        # All processes hold the same weights, so one of them writes.
+        def write() -> None:
+            plan.check_unchanged()
+            taken = run.totals()
+            record.totals |= {"seconds_this_time": taken.pop("seconds"), **taken}
+            write_result(run, folder, student)
+            checkpoints.clear()
 
-
-def _claim(plan: RecoveryPlan, folder: ResultFolder, student: Trainable, overwrite: bool) -> None:
-    """Make the folder that of this run, with room for the training and the result."""
-    trained = sum(p.numel() for p in student.parameters.values())
-    checkpoint = plan.source.checkpoint
-    result = 0 if plan.recipe.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
-    # float32: weights and two moments of the training, and the best weights in a file of their own.
-    check_disk(folder.folder, 16 * trained + result)
-    folder.begin(overwrite)
-    if overwrite:
-        # No mixture of a checkpoint and an adapter may look whole.
-        for name in ("config.json", CONFIG_NAME):
-            remove(folder.folder / name)
+        on_rank_0(write)
+        if state.stopped is not None:
+            raise ValueError(
+                f"training stopped: {state.stopped}. {output} holds the weights of step "
+                f"{best.step}, the best until then; lower `learning_rate`"
+            )
 
 
 #: A function from tensors of the source to those of the result, both by their names in the model.
@@ -221,22 +239,24 @@ _Replaced = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 _LASTING_RECORDS = (Manifest.FILE, StructureRecord.FILE)
 
 
-def write_result(plan: RecoveryPlan, folder: ResultFolder, trainable: Trainable) -> None:
+def write_result(
+    run: Run[RecoveryPlan, RecoveryRecord], folder: ResultFolder, trainable: Trainable
+) -> None:
     """Write the adapter, or the checkpoint with its zeros checked, and complete the record.
 
     Args:
-        plan: The recovery, whose record is completed.
+        run: The recovery, whose record is completed.
         folder: The folder of the result.
         trainable: The trained model, with the best weights.
 
     Raises:
         RuntimeError: A pruned weight would not be zero. Its shard is not written, and no index.
     """
-    record, source = plan.record, plan.source
+    plan, record, source = run.plan, run.record, run.plan.source
     if plan.recipe.mode == "lora":
         record.sha256 |= save_adapter(trainable.model, folder.folder)
         # The fields that the cards of peft have.
-        fields = {"base_model": base_name(plan.model), "library_name": "peft"}
+        fields = {"base_model": base_name(plan.name), "library_name": "peft"}
         card = result_card(
             record,
             "adapter",

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import WindowRequest, check_context
-from prunus.distributed import Ranks
-from prunus.engine.folder import resumed_or_new
+from prunus.distributed import ranks
 from prunus.engine.run_options import RunOptions
+from prunus.engine.run_plan import OpenModel
 from prunus.hardware.errors import require_library
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
@@ -30,41 +31,69 @@ from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
-from prunus.recovery.recovery_record import RecoveryInputs, RecoveryRecord
+from prunus.recovery.recovery_record import RecoveryInputs
 from prunus.recovery.training import training_dtype
 from prunus.structure.structure_record import StructureRecord
 
+# Bytes per trained parameter in memory: the float32 weight, its gradient and Adam's two moments. On
+# the disk are the weight, the moments and the best weight.
+_STATE_BYTES = 16
 
-@dataclass(frozen=True)
-class RecoveryPlan:
-    """A checked recovery."""
 
-    #: The model as the caller named it.
-    model: str | Path
-    #: The checkpoint to train.
+@dataclass(frozen=True, kw_only=True)
+class RecoveryPlan(OpenModel):
+    """A checkpoint that is trained, with the decisions of the training.
+
+    Attributes:
+        recipe: How the model is trained.
+        teacher: The dense checkpoint; None if there is no teacher.
+        dtype: The dtype of matrix products and activations.
+        dtype_reason: Why it is that dtype, in words.
+        data: Folder with local copies of datasets, or None.
+        card: The README.md of the checkpoint; None if it has none.
+    """
+
     source: CheckpointSource
-    #: The model without weights, to which `source` is bound.
-    skeleton: Skeleton
-    #: The dense checkpoint; None if there is no teacher.
+    recipe: RecoveryOptions
     teacher: CheckpointSource | None
-    #: The windows to train on, and the held-out windows.
-    text: TrainingText
-    #: Where the training runs.
-    device: torch.device
-    #: The dtype of matrix products and activations.
     dtype: torch.dtype
-    #: A new record, or that of the unfinished or finished run in the folder of the result.
-    record: RecoveryRecord
-    #: The README.md of the checkpoint; None if it has none.
+    dtype_reason: str
+    data: Path | None
     card: str | None
 
     @property
-    def recipe(self) -> RecoveryOptions:
-        """How the model is trained."""
-        return self.record.recipe
+    def state_bytes(self) -> int:
+        """Bytes of the training of all weights, in memory and on the disk; 0 for an adapter."""
+        if self.recipe.mode == "lora":
+            return 0
+        return _STATE_BYTES * self.stored_bytes // self.source.stored_dtype.itemsize
+
+    def disk_bytes(self) -> int:
+        """Bytes of the result, with the state of the training. An adapter's are few."""
+        return self.state_bytes + (0 if self.recipe.mode == "lora" else self.stored_bytes)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON values. These need a word:
+
+        - `text`, `seqlen`, `batch`: what is trained on, tokens of a window, windows per step;
+        - `minutes`, `tokens`: the budget, of which one is None;
+        - `memory_bytes`: the model in training and its teacher, without activations.
+        """
+        dense = None if self.teacher is None else self.teacher.checkpoint
+        names = {"mode", "text", "seqlen", "batch", "minutes", "tokens", "bos"}
+        return self.recipe.model_dump(include=names) | {
+            "blocks": len(self.skeleton),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype_reason": self.dtype_reason,
+            "device": str(self.device),
+            "teacher": None if dense is None else str(dense.folder),
+            "memory_bytes": (self.state_bytes or self.stored_bytes)
+            + (dense.nbytes(dense.tensors) if dense else 0),
+            "disk_bytes": self.disk_bytes(),
+        }
 
     def check_unchanged(self) -> None:
-        """Raise an error that names the file unless both models are what the record says."""
+        """Raise an error that names the file unless both models are what they were at first."""
         for source in (self.source, self.teacher):
             if source is not None:
                 source.check_unchanged()
@@ -93,26 +122,21 @@ def plan_recovery(
     model: str | Path,
     recipe: RecoveryOptions,
     options: RunOptions,
-    ranks: Ranks,
     teacher: str | Path | None,
-    earlier: RecoveryRecord | None,
-    name: str | None = None,
 ) -> RecoveryPlan:
-    """Check all that can be checked, and decide what is left open. Nothing is written.
+    """Check all that needs neither weights nor text, and decide what is left open.
 
     Args:
         model: Folder or hub id of the checkpoint to train.
         recipe: How it is trained.
         options: How the work is done.
-        ranks: The processes of the run.
         teacher: Folder or hub id of the dense model, or None.
-        earlier: The record of the run that is resumed or finished; None for a new run.
-        name: What the record calls the model; None for `model`.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ModuleNotFoundError,
         OSError: The message says what was given, what is wrong and what to do.
     """
+    check_ranks(recipe)
     if recipe.mode == "lora":
         require_library("peft", "an adapter", "adapters")
     find_source(recipe.text).check(
@@ -122,11 +146,11 @@ def plan_recovery(
     if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    device = choose_device(options.device, processes=ranks.local_size)
+    device = choose_device(options.device)
     source, skeleton = _open(folder)
     dense = None
     if teacher is not None:
-        dense = open_teacher(teacher)
+        dense, _ = _open(_folder_of(teacher, unpacks=True))
         check_same_vocabulary(
             _vocabulary(dense, "the teacher "),
             _vocabulary(source),
@@ -138,50 +162,57 @@ def plan_recovery(
             "give the dense model as `teacher`"
         )
     dtype, reason = training_dtype(recipe.dtype, device)
-    text = draw_training_text(recipe, source, options.data)
-    inputs = RecoveryInputs(
-        checkpoint=full_fingerprint(source),
-        teacher=full_fingerprint(dense) if dense is not None else None,
-        text=text.source,
-        text_sha256=_text_sha256(recipe.text, text),
-        dtype=str(dtype).removeprefix("torch."),
+    return RecoveryPlan(
+        name=str(model),
+        source=source,
+        skeleton=skeleton,
+        device=device,
+        recipe=recipe,
+        teacher=dense,
+        dtype=dtype,
         dtype_reason=reason,
-        device=device.type,
+        data=options.data,
+        card=card,
+    )
+
+
+def recovery_inputs(plan: RecoveryPlan) -> tuple[RecoveryInputs, TrainingText]:
+    """What the result depends on beside the recipe, and the windows of the text.
+
+    All bytes of the weights are read, to hash them.
+    """
+    text = draw_training_text(plan)
+    inputs = RecoveryInputs(
+        checkpoint=full_fingerprint(plan.source),
+        teacher=full_fingerprint(plan.teacher) if plan.teacher is not None else None,
+        text=text.source,
+        text_sha256=_text_sha256(plan.recipe.text, text),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype_reason=plan.dtype_reason,
+        device=plan.device.type,
         bos=text.bos,
     )
-    names = {"source": name or str(model), "teacher": str(teacher) if teacher is not None else None}
-    record = resumed_or_new(RecoveryRecord, earlier, recipe, inputs, device, **names)
-    return RecoveryPlan(model, source, skeleton, dense, text, device, dtype, record, card)
+    return inputs, text
 
 
-def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
+def check_ranks(recipe: RecoveryOptions) -> None:
     """Check that several processes can split this training.
 
     Raises:
         ValueError: A step has fewer windows than there are processes, or the budget is in minutes.
     """
-    if ranks.size == 1:
+    size = ranks().size
+    if size == 1:
         return
-    if recipe.batch < ranks.size:
+    if recipe.batch < size:
         raise ValueError(
-            f"`batch` {recipe.batch} cannot be split over {ranks.size} ranks: raise it to "
-            f"{ranks.size} or more"
+            f"`batch` {recipe.batch} cannot be split over {size} ranks: raise it to {size} or more"
         )
     if recipe.minutes is not None:
         raise ValueError(
-            f"{recipe.minutes:g} minutes would end at a different step on each of {ranks.size} "
+            f"{recipe.minutes:g} minutes would end at a different step on each of {size} "
             "ranks, because their clocks differ: give the budget in `tokens`"
         )
-
-
-def open_teacher(model: str | Path) -> CheckpointSource:
-    """The checkpoint of a dense causal LM, which can teach.
-
-    Raises:
-        ValueError: It is compressed, or an adapter.
-        FileNotFoundError, NotImplementedError: There is no checkpoint, or it is no causal LM.
-    """
-    return _open(_folder_of(model, unpacks=True))[0]
 
 
 def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
@@ -202,23 +233,15 @@ def full_fingerprint(source: CheckpointSource) -> str:
     return digest.hexdigest()
 
 
-def draw_training_text(
-    recipe: RecoveryOptions,
-    source: CheckpointSource,
-    data: Path | None,
-) -> TrainingText:
-    """The windows of the text, which fit the model.
-
-    Args:
-        recipe: The source of the text, its windows and the budget.
-        source: The checkpoint in training, whose tokenizer cuts the text.
-        data: Folder with local copies of datasets, or None.
+def draw_training_text(plan: RecoveryPlan) -> TrainingText:
+    """The windows of the text, which fit the model; its tokenizer cuts the text.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `training_text`. ValueError
             too if the windows are longer than the context of the model.
     """
-    config = source.config.get_text_config()
+    recipe, folder = plan.recipe, plan.source.checkpoint.folder
+    config = plan.source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     check_context(positions if isinstance(positions, int) else None, recipe.seqlen)
 
@@ -226,8 +249,8 @@ def draw_training_text(
         seqlen=recipe.seqlen,
         seed=recipe.seed,
         bos=recipe.bos,
-        data=data,
-        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
+        data=plan.data,
+        tokenizer=lambda: load_tokenizer(folder),
         vocabulary=config.vocab_size,
     )
     return training_text(recipe.text, request, recipe.held_out)

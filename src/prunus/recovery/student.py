@@ -51,7 +51,7 @@ def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
     model = _load(plan, folder, plan.dtype if recipe.mode == "lora" else torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if recipe.mode == "lora":
-        return lora(model, block_linears(model), recipe, base_name(plan.model)), parameters
+        return lora(model, block_linears(model), recipe, base_name(plan.name)), parameters
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
     linears, pruned = block_linears(model), pruned_linears(model, folder)

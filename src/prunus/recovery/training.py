@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prunus.calibration.training_text import TrainingText
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import own_part, ranks, sum_floats
 from prunus.engine.reconstruction.train import learning_rate
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.divergence import kl_sum, log_probabilities
@@ -95,8 +95,6 @@ class Training:
     checkpoints: Checkpoints
     #: Called after every step and every evaluation.
     report: Callable[[Step], None]
-    #: The processes that split the windows of each step.
-    ranks: Ranks = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
         self.parameters = list(self.trainable.parameters.values())
@@ -141,9 +139,9 @@ class Training:
             if self._spent() >= min(1.0, len(state.evaluations) / self.options.evaluations):
                 self._evaluate()
         state.seconds = self._seconds()
-        self.ranks.gather_ints([0])  # Wait until rank 0 has written the best weights,
+        ranks().gather_ints([0])  # Wait until rank 0 has written the best weights,
         self.checkpoints.load_best(state, parameters)
-        self.ranks.gather_ints([0])  # and let rank 0 delete them only when all have read them.
+        ranks().gather_ints([0])  # and let rank 0 delete them only when all have read them.
         return state
 
     def _seconds(self) -> float:
@@ -204,9 +202,8 @@ class Training:
         """
         ids = self.text.windows(self.state.step * self.options.batch, self.options.batch)
         total = 0.0
-        windows = self.ranks.own_range(len(ids))
         at_a_time = max(1, _TOKENS_PER_PASS // self.options.seqlen)
-        for part in ids[windows.start : windows.stop].split(at_a_time):
+        for part in own_part(ids).split(at_a_time):
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
@@ -216,8 +213,8 @@ class Training:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self.ranks.all_reduce(parameter.grad)
-        total = self.ranks.sum_floats([total])[0]
+            ranks().all_reduce(parameter.grad)
+        total = sum_floats([total])[0]
         for name, mask in self.trainable.masks.items():
             gradient = self.trainable.parameters[name].grad
             if gradient is not None:
@@ -241,11 +238,10 @@ class Training:
 
         All ranks call it, each for its part of the windows, and all get the mean over all windows.
         """
-        rows = self.ranks.own_range(len(self.text.held_out))
-        windows = self.text.held_out[rows.start : rows.stop]
+        windows = own_part(self.text.held_out)
         # One window at a time: its sum does not depend on how many windows a rank has.
         losses = [float(self._loss(ids, teacher=None)) for ids in windows.split(1) if len(ids)]
-        gathered = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
+        gathered = ranks().all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
         return sum(gathered) / len(gathered)
 
     def _loss(self, ids_WS: torch.Tensor, teacher: Any) -> torch.Tensor:

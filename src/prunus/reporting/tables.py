@@ -20,12 +20,30 @@ _BOS_OF_PLAN = {
 }
 
 
+def _shown(name: str, value: Any) -> str:
+    """A value of a plan for people.
+
+    >>> _shown("disk_bytes", 2 * 10**9), _shown("types", {"Q4_K": 0.9}), _shown("tokens", None)
+    ('2.00 GB', '90% Q4_K', 'none')
+    """
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
+    if isinstance(value, dict):
+        return ", ".join(f"{share:.0%} {key}" for key, share in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
 def plan_facts(plan: dict[str, Any]) -> Facts:
     """What a run on this machine would do, as facts to print.
 
     Args:
         plan: What `prunus.plan` returned.
     """
+    if "hidden_states" not in plan:
+        # No hidden states: the command takes no windows through the blocks.
+        return Facts(
+            "Plan", items_of({key.replace("_", " "): _shown(key, plan[key]) for key in plan})
+        )
     rows = {
         "blocks": plan["blocks"],
         **(_of_linears(plan) if "linears" in plan else _of_parts(plan)),

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.open_model import OpenModel, check_memory, open_model, run_facts
+from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import RunPlan, measured_memory, windows_per_batch
+from prunus.engine.run_plan import (
+    OpenModel,
+    RunPlan,
+    windows_per_batch,
+    with_memory,
+)
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
     blocks_that_take_images,
@@ -94,7 +99,7 @@ class StructurePlan(RunPlan):
         moved = next((i for i in range(fixed) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
         if moved is not None:
             raise NotImplementedError(
-                f"block {moved} of {self.model_name} cannot be removed: features of images are "
+                f"block {moved} of {self.name} cannot be removed: features of images are "
                 f"added after each of the first {fixed} blocks, so these keep their positions"
             )
         changes: dict[str, Any] = {}
@@ -154,7 +159,7 @@ def plan_structure(
         model: A checkpoint folder or a hub id.
         recipe: What is removed.
         options: How the work is done.
-        session: The processes that work on the run.
+        session: Who hears of a download.
         decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:
@@ -173,7 +178,6 @@ def plan_structure(
         opened,
         recipe,
         options,
-        session,
         needs="norms",
         needs_inputs=True,
         adds_ridge=True,
@@ -197,15 +201,12 @@ def plan_structure(
     if plan.keep_blocks < len(every):
         plan.smaller_by_one(every, every)
     # The windows also run through the old model, whose outputs repair learns.
-    memory = measured_memory(
+    return with_memory(
         plan,
         dense=recipe.repair,
         trained=every if recipe.repair else (),
         extra=[0] * len(every),
     )
-    plan = replace(plan, memory=memory)
-    check_memory(plan)
-    return plan
 
 
 def _checked_count(name: str, asked: Amount, count: int, possible: Sequence[int], of: str) -> int:

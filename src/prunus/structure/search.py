@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunus.distributed import on_rank_0
 from prunus.engine.run_plan import HashedSource
 from prunus.engine.session import Session
 from prunus.methods.divergence import kl_sum, log_probabilities
@@ -40,11 +41,11 @@ def choose_blocks(
     record: StructureRecord,
     save: Callable[[], object],
 ) -> list[int]:
-    """Search greedily for the blocks to remove. All ranks call it.
+    """Search greedily for the blocks to remove. All processes call it.
 
     Args:
         plan: The checked run.
-        session: Its processes, and who hears of the search.
+        session: Who hears of the search.
         ids: Calibration windows, (windows, tokens).
         record: The record of the run, with the steps that an earlier run has taken; new ones are
             added.
@@ -94,7 +95,7 @@ def choose_blocks(
         return [step.model_dump() for step in steps]
 
     # Rank 0 searches, and the others get its steps.
-    steps[:] = [SearchStep.model_validate(step) for step in session.ranks.on_rank_0(search)]
+    steps[:] = [SearchStep.model_validate(step) for step in on_rank_0(search)]
     return _blocks_left(steps, count)
 
 

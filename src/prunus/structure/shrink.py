@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import Ranks
-from prunus.engine.folder import BlockFolder, ResultFolder
+from prunus.distributed import on_rank_0
+from prunus.engine.folder import BlockFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
-from prunus.engine.run import Command, Run, carry_out
+from prunus.engine.open_model import agreed_walks
+from prunus.engine.run import Run, WindowsCommand, called
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
-from prunus.engine.run_windows import given_windows
-from prunus.engine.session import SILENT, Session, shown_session
+from prunus.engine.session import SILENT, Session
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
@@ -67,28 +67,16 @@ def shrink(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    how, recipe_options = RunOptions.pick(options)
-    data, described = given_windows(calibration)
-    chosen = StructureRecipe.read(recipe, recipe_options | described)
-    with shown_session("shrink", progress, announce) as session:
-        return run(model, Path(output), chosen, RunOptions(**how, **data), session)
+    record: StructureRecord = called(
+        Shrinking, model, output, recipe, options, calibration, progress, announce
+    )
+    return record
 
 
-def run(
-    model: str | Path,
-    output: Path,
-    recipe: StructureRecipe,
-    options: RunOptions,
-    session: Session = SILENT,
-) -> StructureRecord:
-    """Carry out a recipe. The other arguments and errors are those of `shrink`."""
-    return carry_out(Shrinking(model, output, recipe, options), session)
-
-
-class Shrinking(Command[StructurePlan, StructureRecord]):
+class Shrinking(WindowsCommand[StructurePlan, StructureRecord]):
     """The command shrink, as the engine knows it."""
 
-    KIND = StructureRecord
+    RECIPE, KIND = StructureRecipe, StructureRecord
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> StructurePlan:
         """See `plan_structure`."""
@@ -98,18 +86,17 @@ class Shrinking(Command[StructurePlan, StructureRecord]):
         """The number of shards: one for each block that stays, and one for all else."""
         return {"shard_count": plan.keep_blocks + 1}
 
-    def change(self, run: Run[StructurePlan, StructureRecord]) -> None:
+    def change(self, run: Run[StructurePlan, StructureRecord], prepared: Any) -> None:
         """Search for blocks, make those that stay, and complete the result."""
-        plan, session, record, ranks = run.plan, run.session, run.record, run.session.ranks
-        assert self.output is not None, "a loaded model is not made smaller"
-        output, source = self.output, plan.checkpoint.checkpoint
+        plan, session, record = run.plan, run.session, run.record
+        assert self.output is not None and run.folder is not None, "a model on disk is made smaller"
+        output, walks = self.output, agreed_walks(plan.walks)
         with torch.no_grad():
-            save = ResultFolder(output, record, source, ranks).save
-            blocks_left = choose_blocks(plan, session, run.ids, record, save)
+            blocks_left = choose_blocks(plan, session, run.windows, record, run.folder.save)
             smaller = plan.smaller(blocks_left)
-            folder = SmallerFolder(output, record, plan, ranks, smaller)
+            folder = SmallerFolder(output, record, plan, smaller)
             record.config = _changes(plan.raw, smaller.config)
-            step = ShrinkStep(plan, smaller, run.ids, run.walks, output, ranks)
+            step = ShrinkStep(plan, smaller, run.windows, walks, output)
             with contextlib.closing(step):
                 names = smaller.skeleton.block_name
                 run_blocks(
@@ -164,10 +151,9 @@ class SmallerFolder(BlockFolder):
         folder: Path,
         record: StructureRecord,
         plan: StructurePlan,
-        ranks: Ranks,
         smaller: SmallerModel,
     ) -> None:
-        super().__init__(folder, record, plan, ranks, smaller.made_from)
+        super().__init__(folder, record, plan, smaller.made_from)
         self.smaller = smaller
 
     def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
@@ -200,8 +186,8 @@ class SmallerFolder(BlockFolder):
         return {name: key for name, key in names.items() if name in separate}, fused
 
     def complete(self) -> None:
-        """Write all that is outside the blocks, and complete the result. All ranks call it."""
-        self.record.totals = self.ranks.on_rank_0(self._complete)
+        """Write all that is outside the blocks, and complete the result. All processes call it."""
+        self.record.totals = on_rank_0(self._complete)
         self.record.state = "finished"
 
     def _complete(self) -> dict[str, object]:

@@ -20,15 +20,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunus.distributed import Ranks, own_part, split_range
+from prunus.distributed import own_part
 from prunus.engine.linear_plan import training_dtype
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstructor,
     ReconstructionSettings,
+    splits_windows,
     step_parts,
-    step_ranks,
 )
 from prunus.engine.run_record import Walk
 from prunus.methods.structured import ExpertSums, kept_experts
@@ -44,10 +44,9 @@ class ShrinkStep:
     Args:
         plan: The checked run.
         smaller: The model that is made.
-        ids: Calibration windows of all ranks, (windows, tokens).
-        walks: For each old block, how the ranks take their batches through it.
+        ids: Calibration windows of all processes, (windows, tokens).
+        walks: For each old block, how the windows go through it.
         spill_to: Folder for a file of hidden states, if they do not stay in memory.
-        ranks: The processes of the run.
     """
 
     def __init__(
@@ -57,11 +56,9 @@ class ShrinkStep:
         ids: Tensor,
         walks: Sequence[Walk],
         spill_to: Path,
-        ranks: Ranks,
     ) -> None:
         self._plan = plan
         self._smaller = smaller
-        self._ranks = ranks
         self._stream = Stream(smaller.skeleton, plan.source, plan.device)
         self._repair: Repair | None = None
         self._open = contextlib.ExitStack()
@@ -69,14 +66,14 @@ class ShrinkStep:
         # Without repair, a removed block changes no other. Only experts need windows.
         needs_windows = plan.recipe.repair or plan.experts is not None
         batches = ids.split(plan.batch) if needs_windows else ()
-        batches_of_rank = own_part(ranks, batches)
+        batches_of_rank = own_part(batches)
         on_device = plan.memory.hidden_states_stay
         spill_folder = spill_to if plan.memory.spills else None
         if not plan.recipe.repair:
             self._stream.embed(batches_of_rank, spill_folder, on_device)
             return
-        split = step_ranks(ranks, max(map(len, batches)), plan.device)
-        self._stream.embed(batches_of_rank, spill_folder, on_device, step_parts(batches, split))
+        splits = splits_windows(batches, plan.device)
+        self._stream.embed(batches_of_rank, spill_folder, on_device, step_parts(batches, splits))
         dense = Stream(plan.skeleton, plan.source, plan.device)
         self._open.callback(dense.close)
         dense.embed(batches_of_rank, spill_folder, on_device)
@@ -85,9 +82,7 @@ class ShrinkStep:
             stream=self._stream,
             dense=dense,
             numbers=range(len(dense)),
-            counts=[len(part) for part in split_range(len(batches), ranks.size)],
-            ranks=ranks,
-            split=split,
+            splits=splits,
         )
         self._repair = Repair(plan, smaller, reconstructor, walks)
 
@@ -110,7 +105,7 @@ class ShrinkStep:
             stored: The old block that it is made from.
 
         Raises:
-            RankError: The ranks have made different bytes.
+            RankError: Two processes have made different bytes.
         """
         if self._repair is not None:
             self._repair.advance(new_index)
@@ -119,7 +114,7 @@ class ShrinkStep:
         if self._repair is not None:
             tensors, change.repair = self._repair.train(new_index, tensors)
             seconds += change.repair.seconds if change.repair is not None else 0.0
-        check_same(self._ranks, change.name, tensors)
+        check_same(change.name, tensors)
         self._stream.propagate(new_index, tensors)
         message = f"made from block {change.made_from} in {seconds:.2f} s"
         return FinishedBlock(tensors, change, message)
@@ -163,7 +158,7 @@ class ShrinkStep:
         finally:
             experts.on_output = None
         plan.skeleton.release(old_index)
-        sums.complete(self._ranks)
+        sums.complete()
         saliency_E = sums.reap_E if plan.recipe.saliency == "reap" else sums.contribution_E
         return ExpertChange(
             kept=kept_experts(saliency_E, counts.keep, counts.groups),
@@ -190,7 +185,7 @@ class Repair:
         plan: The checked run.
         smaller: The model that is made.
         reconstructor: Trains blocks on the windows of the smaller model and of the old one.
-        walks: For each old block, how the ranks take their batches through it.
+        walks: For each old block, how the windows go through it.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.progress import LineInterval, Progress
+from prunus.engine.run import carry_out
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import Session
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
@@ -31,7 +32,7 @@ from prunus.model.checkpoint.files import (
     remove_temporaries,
 )
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.prune import run
+from prunus.pruning.prune import Pruning
 from prunus.recovery.recover import recover
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.sweeping.grid import Sweep
@@ -141,8 +142,8 @@ class Runner:
         folder = self._folder(cell)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
-        session = Session(report=report_block)
-        manifest = run(Path(model.path), weights, cell.recipe, self.options, session)
+        command = Pruning(Path(model.path), weights, cell.recipe, self.options)
+        manifest = carry_out(command, Session(report=report_block))
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
             cell.pruning = manifest.summary()

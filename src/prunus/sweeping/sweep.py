@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.distributed import SINGLE_PROCESS
 from prunus.distributed.group import started_by_torchrun
 from prunus.engine.folder import locked_output
 from prunus.engine.linear_plan import plan_run
@@ -72,7 +71,7 @@ def sweep(
         )
     run_options = RunOptions.read(None, options)
     # What the folder holds decides what is done, so from here on no other run may change it.
-    with locked_output(folder, SINGLE_PROCESS, lambda: check_folder(chosen, folder)):
+    with locked_output(folder, lambda: check_folder(chosen, folder)):
         results = check_sweep(chosen, folder, run_options, file)
         report = progress or (lambda line: None)
         return Runner(chosen, results, folder, run_options, report).run()

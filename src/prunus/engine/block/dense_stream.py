@@ -15,7 +15,6 @@ Shape suffixes: T tokens, I inputs of a linear.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class DenseStream:
         source: The dense weights.
         device: Where the copies of the blocks run.
         stride: One batch in `stride` runs through the dense model. Batches are counted over all
-            ranks, from the first one on.
+            processes, from the first one on.
 
     Attributes:
         stream: The hidden states of the dense model before the next block.
@@ -72,19 +71,13 @@ class DenseStream:
             batches: Token ids of all batches of this rank, also of those that are left out here.
             spill_to: Folder for a file of hidden states; None to keep them in memory.
             on_device: Keep hidden states on the device between blocks.
-            first_batch: Number of this rank's first batch among those of all ranks.
+            first_batch: Number of this rank's first batch among those of all processes.
         """
         dense_batches = [
             batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
         ]
         self.dense_number = {batch: number for number, batch in enumerate(dense_batches)}
         self.stream.embed([batches[batch] for batch in dense_batches], spill_to, on_device)
-
-    def counts_per_rank(self, counts: Sequence[int]) -> list[int]:
-        """Per rank, how many of its `counts` batches also run through the dense model."""
-        # Of the first `end` batches of all ranks, ⌈end / stride⌉ run through the dense model.
-        ends = [-(-end // self._stride) for end in itertools.accumulate(counts, initial=0)]
-        return [end - start for start, end in itertools.pairwise(ends)]
 
     def propagate(self, index: int) -> None:
         """Take all batches through dense block `index`, whose inputs nobody needs."""

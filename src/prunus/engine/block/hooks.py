@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.distributed import Ranks
+from prunus.distributed import sum_ints
 from prunus.methods.statistics import Needs
 from prunus.model.experts import Experts
 from prunus.model.linears import Linear
@@ -112,8 +112,8 @@ class ExpertCounter:
     its down projection sees what they make of that. The block itself continues with the tokens that
     chose the expert.
 
-    A walk counts tokens while all batches of all ranks wait at the experts module. So the counts
-    are those of the pruned model.
+    A walk counts tokens while all batches of all processes wait at the experts module. So the
+    counts are those of the pruned model.
 
     Args:
         name: Name of the module, relative to the block.
@@ -127,7 +127,7 @@ class ExpertCounter:
         self.min_tokens = min_tokens
         # Batch of this rank -> tokens per expert, int64 (E,) on the CPU.
         self._by_batch: dict[int, Tensor] = {}
-        # Tokens per expert, of all ranks; None before `complete`.
+        # Tokens per expert, of all processes; None before `complete`.
         self._tokens_E: list[int] | None = None
 
     def owns(self, linear: str) -> bool:
@@ -148,14 +148,13 @@ class ExpertCounter:
         in_range = numbers[(numbers >= 0) & (numbers < self.experts.count)]
         self._by_batch[batch] = torch.bincount(in_range, minlength=self.experts.count).cpu()
 
-    def complete(self, ranks: Ranks) -> None:
-        """Add up the counts of all ranks, and choose the experts that are measured on all tokens.
+    def complete(self) -> None:
+        """Add up the counts of all processes, and choose the experts measured on all tokens.
 
-        Every rank calls it at once, after all its batches are counted.
+        Every process calls it at once, after all its batches are counted.
         """
         counts_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
-        counts_by_rank = ranks.gather_ints(counts_E.tolist())
-        self._tokens_E = [sum(counts) for counts in zip(*counts_by_rank, strict=True)]
+        self._tokens_E = sum_ints(counts_E.tolist())
         self.experts.measured_on_all = frozenset(
             number for number, tokens in enumerate(self._tokens_E) if tokens < self.min_tokens
         )

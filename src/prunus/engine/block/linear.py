@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.distributed import own_part, ranks, split_range, sum_floats
 from prunus.engine.linear_record import LinearRecord
 from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
@@ -63,10 +63,11 @@ def prune_linear(
     full_name: str,
     stored: torch.Tensor,
     statistics: InputStatistics,
-    ranks: Ranks = SINGLE_PROCESS,
     round_as: LinearRounding | None = None,
 ) -> PrunedLinear:
     """Prune one linear in place, and return what is stored.
+
+    Processes that work together prune the same linear at the same time, and can split its rows.
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
     in. The block continues with the stored result, so that a run resumed from the shard sees the
@@ -80,7 +81,6 @@ def prune_linear(
         full_name: Name of the linear in the model, for messages.
         stored: The weight in the checkpoint's dtype and orientation, on any device.
         statistics: Statistics of the linear's inputs, complete; see `InputStatistics.complete`.
-        ranks: Processes that prune the same linear at the same time and can split its rows.
         round_as: How linears are rounded; None for a run that rounds none.
 
     Raises:
@@ -103,7 +103,7 @@ def prune_linear(
     weight_OI = stored_OI.to(torch.float32)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
-    rows: RowSharding = _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
+    rows: RowSharding = _RowsOverRanks() if ranks().size > 1 else UNSHARDED
     work = replace(work, rows=rows, quantization=round_as(full_name) if round_as else None)
     with naming(full_name):
         pruned = method.apply(weight_OI, statistics, work)
@@ -118,7 +118,7 @@ def prune_linear(
         # Weights that are not removed stay as stored, bit for bit. A way through float32 would
         # round wider dtypes.
         new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
-    error, energy = _output_error(weight_OI, new_OI, statistics, ranks, method.adds_ridge)
+    error, energy = _output_error(weight_OI, new_OI, statistics, method.adds_ridge)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code continues with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if work.reference_order else new_OI)
@@ -152,7 +152,6 @@ def _output_error(
     before_OI: torch.Tensor,
     after_OI: torch.Tensor,
     statistics: InputStatistics,
-    ranks: Ranks,
     low_precision: bool,
 ) -> tuple[float | None, float | None]:
     """(relative output error, removed energy), of which at most one is a number.
@@ -166,7 +165,6 @@ def _output_error(
         before_OI: The stored weight, float32.
         after_OI: The new weight, in the stored dtype.
         statistics: Statistics of the inputs, complete.
-        ranks: Ranks that have the same arguments, and split the products.
         low_precision: Multiply D too in bfloat16 or TF32 where that is faster. The Gram matrix of
             such a method comes from rounded inputs already, so its products may be rounded as far.
             Otherwise parts of D that later columns cancel would seem to be left. W is always
@@ -181,8 +179,7 @@ def _output_error(
     total = 0.0
     if gram_II is not None:
         # Only these two products take long enough to split their rows over ranks.
-        rows = ranks.own_range(len(before_OI))
-        before_OI, after_OI = before_OI[rows.start : rows.stop], after_OI[rows.start : rows.stop]
+        before_OI, after_OI = own_part(before_OI), own_part(after_OI)
     # Slices of rows keep the temporaries small.
     for span in row_spans(before_OI):
         before, after = before_OI[span], after_OI[span]
@@ -199,7 +196,7 @@ def _output_error(
         lost += sums[0]
         total += sums[1]
     if gram_II is not None:
-        lost, total = ranks.sum_floats([lost, total])
+        lost, total = sum_floats([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)
 
@@ -208,35 +205,31 @@ def _output_error(
 class _RankShard(RowShard):
     """The rows of one linear that one rank solves."""
 
-    ranks: Ranks
     rows: slice = field()  #: rows of this rank
     lengths: list[int]  #: per rank, its number of rows
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        return choose(self.ranks.all_gather(score_OB, self.lengths))[self.rows]
+        return choose(ranks().all_gather(score_OB, self.lengths))[self.rows]
 
     def sum(self, number: float) -> float:
-        return self.ranks.sum_floats([number])[0]
+        return sum_floats([number])[0]
 
 
-@dataclass(frozen=True)
 class _RowsOverRanks(RowSharding):
     """One shard per rank. With too few rows, every rank solves all of them."""
 
-    ranks: Ranks  #: all solve the same linear at once
-
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        lengths = [len(part) for part in split_range(rows, self.ranks.size, rows_per_group)]
+        lengths = [len(part) for part in split_range(rows, ranks().size, rows_per_group)]
         if not all(lengths):
             return UNSHARDED.solve(rows, rows_per_group, solve)
         # Rows that compete with each other stay on one rank.
-        part = self.ranks.own_range(rows, rows_per_group)
-        pruned = solve(_RankShard(self.ranks, slice(part.start, part.stop), lengths))
-        notes = [json.loads(text) for text in self.ranks.gather_text(json.dumps(pruned.notes))]
+        part = ranks().own_range(rows, rows_per_group)
+        pruned = solve(_RankShard(slice(part.start, part.stop), lengths))
+        notes = [json.loads(text) for text in ranks().gather_text(json.dumps(pruned.notes))]
         # Weights and masks travel side by side, row by row, as bytes: one message instead of two.
         weight_OI, keep_OI = pruned.weight_OI.contiguous(), pruned.keep_OI.contiguous()
         sides = [weight_OI.view(torch.uint8), keep_OI.view(torch.uint8)]
-        all_OB = self.ranks.all_gather(torch.cat(sides, dim=1), lengths)
+        all_OB = ranks().all_gather(torch.cat(sides, dim=1), lengths)
         weight_OB, keep_OI = all_OB.split([side.shape[1] for side in sides], dim=1)
         return Pruned(
             weight_OB.contiguous().view(pruned.weight_OI.dtype),

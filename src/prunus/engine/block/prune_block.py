@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
+from prunus.distributed import own_part, ranks, set_location
 from prunus.engine.block.dense_stream import (
     DenseBlockInputs,
     DenseStream,
@@ -46,8 +46,8 @@ from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstruction,
     BlockReconstructor,
     linears_to_train,
+    splits_windows,
     step_parts,
-    step_ranks,
 )
 from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
@@ -73,7 +73,7 @@ class BlockPruner:
 
     Args:
         plan: The decisions of the run: model, method, options and device.
-        session: The processes that have windows of the run, and who hears of it.
+        session: Who hears of the run.
         walks: Per block, how the windows go through it; see `walks.py`.
         sparsities: The sparsity of single linears, by full name; the others get that of the run.
         round_as: How linears are rounded; None for a run that rounds none.
@@ -96,14 +96,11 @@ class BlockPruner:
         self.walks = walks
         self.sparsities = sparsities
         self.round_as = round_as
-        self.ranks = session.ranks
         self.skeleton = plan.skeleton
         self.stream = Stream(plan.skeleton, plan.source, plan.device)
         self.dense: DenseStream | None = None
         if plan.runs_dense_stream:
             self.dense = DenseStream(plan.skeleton, plan.source, plan.device, plan.drift_stride)
-        # Per rank, its number of batches. Empty before `embed`.
-        self._counts: list[int] = []
         # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
         self._reconstructor: BlockReconstructor | None = None
 
@@ -115,29 +112,22 @@ class BlockPruner:
             spill_folder: Folder for a file of hidden states, if they do not fit in memory.
         """
         reconstruction, memory = self.plan.reconstruction, self.plan.memory
-        self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
-        split: Ranks = SINGLE_PROCESS
-        partial: list[torch.Tensor] = []
-        if reconstruction is not None:
-            split = step_ranks(self.ranks, max(map(len, batches)), self.plan.device)
-            partial = step_parts(batches, split)
-        share = own_part(self.ranks, batches)
+        splits = splits_windows(batches, self.plan.device)
+        partial = step_parts(batches, splits) if reconstruction is not None else ()
+        share = own_part(batches)
         spill_to = spill_folder if memory.spills else None
         self.stream.embed(share, spill_to, memory.hidden_states_stay, partial)
         if self.dense is None:
             return
-        # The number of this rank's first batch among those of all ranks.
-        first_batch = sum(self._counts[: self.ranks.rank])
-        self.dense.embed(share, spill_to, memory.hidden_states_stay, first_batch)
+        own = ranks().own_range(len(batches))
+        self.dense.embed(share, spill_to, memory.hidden_states_stay, own.start)
         if reconstruction is not None:
             self._reconstructor = BlockReconstructor(
                 settings=reconstruction,
                 stream=self.stream,
                 dense=self.dense.stream,
                 numbers=list(self.dense.dense_number),
-                counts=self.dense.counts_per_rank(self._counts),
-                ranks=self.ranks,
-                split=split,
+                splits=splits,
             )
 
     def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -176,13 +166,13 @@ class BlockPruner:
         if state.reconstruction is not None:
             self._reconstruct(state, state.reconstruction)
         self.skeleton.release(position)
-        check_same(self.ranks, state.name, state.changed)
+        check_same(state.name, state.changed)
         record = BlockRecord(
             name=state.name,
             input_sha256=stored.digest,
             walk=state.walk,
             seconds=round(time.perf_counter() - started, 3),
-            ranks=self.ranks.size,
+            ranks=ranks().size,
             linears={linear.name: state.records[linear.name] for linear in state.linears},
             reconstruction=state.reconstructed,
         )
@@ -197,7 +187,7 @@ class BlockPruner:
         plan, name = self.plan, self.skeleton.block_name(index)
         selected, walk = plan.selected[index], self.walks[index]
         method = plan.method
-        self.ranks.set_location(name)
+        set_location(name)
         module = self.skeleton.fill(index, stored.tensors, plan.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
@@ -241,7 +231,7 @@ class BlockPruner:
         """Take all batches through the block and prune its linears on the way."""
         prune = functools.partial(self._prune_linear, state)
         unreached = state.linears
-        if sum(self._counts):
+        if self.plan.walks_windows:
             forward = self.stream.forward(state.index, state.module)
             # A block that is trained gets its outputs later, in `_reconstruct`.
             is_final = state.reconstruction is None
@@ -259,14 +249,13 @@ class BlockPruner:
                     new_statistics=self._new_statistics,
                     prune=prune,
                     accumulate=accumulate,
-                    ranks=self.ranks,
                     expert_counters=state.expert_counters,
                 )
                 unreached = _WALKS[state.walk](walk)
         # Linears that no token reached are pruned too, by their weights alone.
         for linear in unreached:
             empty = self._new_statistics(linear)
-            empty.complete(self.ranks)
+            empty.complete()
             prune(linear, empty)
         if state.dense_inputs is not None:
             state.dense_inputs.finish()
@@ -276,7 +265,7 @@ class BlockPruner:
         """Prune a linear, and enter its weight and its record into the state of its block."""
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
-        self.ranks.set_location(full_name)
+        set_location(full_name)
         work = self.plan.work
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = prune_linear(
@@ -286,7 +275,6 @@ class BlockPruner:
             full_name,
             state.stored[key],
             statistics,
-            self.ranks,
             self.round_as,
         )
         state.changed[key] = finished.weight
@@ -326,7 +314,7 @@ class BlockPruner:
             drift=drift if plan.uses_dense_target(in_features) else "none",
             reference_order=plan.work.reference_order,
             rounded=self.round_as is not None,  # masks would show it, and integers do not
-            distributed=self.ranks.size > 1,
+            distributed=ranks().size > 1,
         )
         return InputStatistics(in_features, spec, plan.device)
 
@@ -347,9 +335,9 @@ class BlockPruner:
             statistics = self._head_statistics(head, batches)
             stored = self.plan.source.read_outside([key])[key]
             finished = prune_linear(
-                self.plan.method, self.plan.work, head, head.name, stored, statistics, self.ranks
+                self.plan.method, self.plan.work, head, head.name, stored, statistics
             )
-        check_same(self.ranks, head.name, {key: finished.weight})
+        check_same(head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
 
     def head_statistics(self, batches: Sequence[torch.Tensor]) -> InputStatistics:
@@ -364,12 +352,12 @@ class BlockPruner:
 
     def _head_statistics(self, head: Linear, batches: Sequence[torch.Tensor]) -> InputStatistics:
         """`head_statistics`, while the head has its weight."""
-        self.ranks.set_location(head.name)
+        set_location(head.name)
         statistics = self._new_statistics(head)
-        for batch, ids in enumerate(own_part(self.ranks, batches)):
+        for batch, ids in enumerate(own_part(batches)):
             x = self.skeleton.head_input(ids.to(self.plan.device), self.stream.states.get(batch))
             statistics.add(x.reshape(-1, x.shape[-1]))
-        statistics.complete(self.ranks)
+        statistics.complete()
         return statistics
 
     def close(self) -> None:

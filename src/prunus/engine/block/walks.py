@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from greenlet import greenlet
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import ranks
 from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks, tokens_of
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
@@ -63,6 +63,7 @@ def called_again(name: str) -> NotImplementedError:
 class BlockWalk:
     """The arguments of a walk, which returns the linears that no batch of any rank reached.
 
+    Several processes that have batches of the same run all walk at once.
     All walks but `two_pass` refuse a linear that the block calls twice; see `called_again`.
 
     Attributes:
@@ -75,7 +76,6 @@ class BlockWalk:
         prune: Prunes a linear in place, given the complete statistics of its inputs. The walk calls
             it once per linear that a batch reaches, in the order of execution.
         accumulate: Adds the input of a linear in one batch to its statistics.
-        ranks: The processes that have batches of the same run. All of them walk at once.
         expert_counters: The experts modules of the block whose tokens must be counted before any
             of their linears is measured.
     """
@@ -87,7 +87,6 @@ class BlockWalk:
     new_statistics: Callable[[Linear], InputStatistics]
     prune: Callable[[Linear, InputStatistics], None]
     accumulate: Accumulate = accumulate_inputs
-    ranks: Ranks = SINGLE_PROCESS
     expert_counters: Sequence[ExpertCounter] = ()
 
     def execution_order(self) -> list[str]:
@@ -189,7 +188,7 @@ class _Lockstep:
                 # Batches may take different ways through experts. The linear registered first
                 # goes first: blocks run their experts in that order, so that no batch can still
                 # arrive at a linear after it was pruned.
-                while meeting := synchronize(self.waiting, self.last, self.order, walk.ranks):
+                while meeting := synchronize(self.waiting, self.last, self.order):
                     self._meet(meeting)
         finally:
             # After an error, paused batches end here, so that none keeps its activations alive.
@@ -207,7 +206,7 @@ class _Lockstep:
             counter = self.uncounted.pop(meeting.name)
             for batch in arrived:
                 counter.count(batch, self.waiting[batch][1])
-            counter.complete(self.walk.ranks)
+            counter.complete()
         else:
             self._prune(meeting, arrived)
         for batch in arrived:
@@ -226,7 +225,7 @@ class _Lockstep:
             statistics = self.walk.new_statistics(linear)
             for batch in arrived:
                 self.walk.accumulate(statistics, linear, batch, tokens_of(self.waiting[batch][1]))
-            statistics.complete(self.walk.ranks)
+            statistics.complete()
             self.statistics[leader] = statistics
         statistics = self.statistics[leader]
         # A Gram matrix is large, so statistics go as soon as no later linear can reuse them.
@@ -277,7 +276,6 @@ def synchronize(
     waiting: Mapping[int, tuple[str, torch.Tensor]],
     last: Sequence[LastInput | None],
     order: Mapping[str, int],
-    ranks: Ranks,
 ) -> Meeting | None:
     """Find the first module that any batch of any rank waits at. All ranks call it at once.
 
@@ -287,13 +285,12 @@ def synchronize(
         waiting: Per batch of this rank: the module that it waits at, and its input there.
         last: Per batch of this rank: the input that it last added to statistics.
         order: Name of a module where batches can wait -> its position in the order of execution.
-        ranks: The processes that have batches of the same run.
 
     Returns:
         The same on all ranks; None once all batches of all ranks are through.
     """
     names = list(order)
-    standings = _Standing.of(waiting, last, order).exchanged(ranks)
+    standings = _Standing.of(waiting, last, order).exchanged()
     first = min(each.position for each in standings)
     if first == len(names):
         return None
@@ -364,13 +361,13 @@ class _Standing:
         counts = [[count[place] for place in range(len(order))] for count in (added, staying)]
         return cls(position, leader, len(arrived), counts[0], counts[1])
 
-    def exchanged(self, ranks: Ranks) -> list[_Standing]:
+    def exchanged(self) -> list[_Standing]:
         """Those of all ranks, in the order of ranks."""
         row = [self.position, self.leader, self.arrived, *self.added, *self.staying]
         split = 3 + len(self.added)
         return [
             _Standing(other[0], other[1], other[2], other[3:split], other[split:])
-            for other in ranks.gather_ints(row)
+            for other in ranks().gather_ints(row)
         ]
 
 
@@ -470,7 +467,6 @@ def replay(walk: BlockWalk) -> list[Linear]:
     Raises:
         NotImplementedError: The block calls a linear more than once.
     """
-    ranks = walk.ranks
     pending = {linear.name: linear for linear in walk.linears}
     uncounted = {counter.name: counter for counter in walk.expert_counters}
     names = walk.execution_order()
@@ -487,19 +483,19 @@ def replay(walk: BlockWalk) -> list[Linear]:
         # Batches may have reached different groups (experts). All ranks take the first one; the
         # others are measured again in a later pass, with its linears pruned.
         position = min((names.index(name) for name in (*groups, *counted)), default=len(names))
-        first = min(other for (other,) in ranks.gather_ints([position]))
+        first = min(other for (other,) in ranks().gather_ints([position]))
         if first == len(names):
             break
         leader = names[first]
         if leader in uncounted:
-            uncounted.pop(leader).complete(ranks)
+            uncounted.pop(leader).complete()
             continue
         group = groups.get(leader) or _Group(walk.new_statistics(pending[leader]), [])
-        group.statistics.complete(ranks)
+        group.statistics.complete()
         # Members in the order of the first rank that reached the group. Every rank sends a row of
         # the same length; -1 fills it up.
         positions = [names.index(name) for name in group.members]
-        rows = ranks.gather_ints(positions + [-1] * (len(names) - len(positions)))
+        rows = ranks().gather_ints(positions + [-1] * (len(names) - len(positions)))
         members = dict.fromkeys(member for row in rows for member in row if member >= 0)
         for member in members:
             walk.prune(pending.pop(names[member]), group.statistics)
@@ -547,7 +543,7 @@ def two_pass(walk: BlockWalk) -> list[Linear]:
     unreached = []
     for linear in walk.linears:
         inputs = statistics.pop(linear.name)
-        inputs.complete(walk.ranks)
+        inputs.complete()
         if inputs.tokens:
             walk.prune(linear, inputs)
         else:
@@ -568,4 +564,4 @@ def _count_expert_tokens(walk: BlockWalk) -> None:
         with input_hooks((), lambda _linear, _x: None, counters, count):
             walk.forward(batch)
     for counter in counters:
-        counter.complete(walk.ranks)
+        counter.complete()

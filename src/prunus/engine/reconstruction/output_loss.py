@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.distributed import SINGLE_PROCESS, Ranks, ranks, split_range
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
 
@@ -59,7 +59,7 @@ def logits_of(stream: Stream) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def divergence_loss(
-    logits: Callable[[Tensor], Tensor], ranks: Ranks = SINGLE_PROCESS, stride: int = LOGIT_STRIDE
+    logits: Callable[[Tensor], Tensor], splits_tokens: bool = False, stride: int = LOGIT_STRIDE
 ) -> OutputLoss:
     """Return a loss: the KL divergence summed over the compared tokens, and their number.
 
@@ -71,8 +71,8 @@ def divergence_loss(
     Args:
         logits: From hidden states (windows, tokens, hidden) after the last block to logits. It must
             be differentiable and treat every token independently.
-        ranks: Processes that call the loss with the same two tensors at the same time. They split
-            the tokens, and all get the same sum and the whole gradient.
+        splits_tokens: The ranks call the loss with the same two tensors at the same time. They
+            split the tokens, and all get the same sum and the whole gradient.
         stride: Compare one token in this many for a gradient; 1 if the caller has chosen the tokens
             already.
 
@@ -84,6 +84,7 @@ def divergence_loss(
     True
     """
     gradient_calls = itertools.count()
+    everyone = ranks() if splits_tokens else SINGLE_PROCESS
 
     def loss(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tensor]:
         if output_WTH.shape[1] > CHUNK_TOKENS:
@@ -94,7 +95,7 @@ def divergence_loss(
                 else slice(None, None, LOGIT_STRIDE)
             )
             output_WTH, target_WTH = output_WTH[:, compared], target_WTH[:, compared]
-        total: Tensor = _KLDivergence.apply(output_WTH, target_WTH, logits, ranks)
+        total: Tensor = _KLDivergence.apply(output_WTH, target_WTH, logits, everyone)
         tokens = float(output_WTH.shape[:-1].numel())
         return total, torch.tensor(tokens, device=output_WTH.device)
 
@@ -117,14 +118,14 @@ class _KLDivergence(torch.autograd.Function):
         output_WTH: Tensor,
         target_WTH: Tensor,
         logits: Callable[[Tensor], Tensor],
-        ranks: Ranks,
+        everyone: Ranks,
     ) -> Tensor:
         with_gradient = ctx.needs_input_grad[0]
         gradient_WTH = torch.empty_like(output_WTH) if with_gradient else None
         tokens, device = output_WTH.shape[1], output_WTH.device
         sums_P = torch.zeros(-(-tokens // CHUNK_TOKENS), dtype=torch.float64, device=device)
-        parts = split_range(tokens, ranks.size, CHUNK_TOKENS)
-        part = parts[ranks.rank]
+        parts = split_range(tokens, everyone.size, CHUNK_TOKENS)
+        part = parts[everyone.rank]
         for first in part[::CHUNK_TOKENS]:
             chunk = slice(None), slice(first, first + CHUNK_TOKENS)
             # The target is fixed: no graph, and no gradient, is needed for it.
@@ -143,10 +144,10 @@ class _KLDivergence(torch.autograd.Function):
                     output_logits, x, logq.exp_().sub_(p).to(output_logits.dtype)
                 )
         # Each chunk belongs to one rank and is zero on the others, so this sum is exact.
-        ranks.all_reduce(sums_P)
+        everyone.all_reduce(sums_P)
         if gradient_WTH is not None:
             part_TWH = gradient_WTH[:, part.start : part.stop].movedim(1, 0)
-            gradient_WTH = ranks.all_gather(part_TWH, list(map(len, parts))).movedim(0, 1)
+            gradient_WTH = everyone.all_gather(part_TWH, list(map(len, parts))).movedim(0, 1)
             ctx.save_for_backward(gradient_WTH)
         # Python's sum adds the chunks in order, whatever rank computed them.
         return sum(sums_P, torch.zeros_like(sums_P[0])).float()

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import SINGLE_PROCESS, own_part, ranks, set_location, using
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
 from prunus.engine.reconstruction.output_loss import (
@@ -50,18 +50,14 @@ class BlockReconstructor:
         stream: Hidden states of the pruned model, before the block.
         dense: Hidden states of the dense model, of some of these batches.
         numbers: Per batch of `dense` on this rank, its number in `stream`.
-        counts: Per rank, how many batches `dense` has there.
-        ranks: The processes of the run.
-        split: Ranks that split the windows of a training step; see `step_ranks`.
+        splits: Whether the ranks split the windows of a training step; see `splits_windows`.
     """
 
     settings: ReconstructionSettings
     stream: Stream
     dense: Stream
     numbers: Sequence[int]
-    counts: Sequence[int]
-    ranks: Ranks
-    split: Ranks
+    splits: bool
 
     def begin(
         self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk
@@ -81,7 +77,7 @@ class BlockReconstructor:
             return None
         # With several ranks every rank would have to cache the batches of all ranks, so they
         # recompute instead. So does replay, which exists to save memory.
-        caches_suffix = walk == "lockstep" and self.ranks.size == 1
+        caches_suffix = walk == "lockstep" and ranks().size == 1
         return BlockReconstruction(self, index, block, trained, caches_suffix)
 
 
@@ -139,7 +135,7 @@ class BlockReconstruction:
         shared = self.shared
         skeleton = shared.stream.skeleton
         name = skeleton.block_name(self.index)
-        shared.ranks.set_location(f"{name}, reconstruction")
+        set_location(f"{name}, reconstruction")
         inputs = self._batches(shared.stream, shared.numbers)
         targets = self._batches(shared.dense, range(len(shared.numbers)))
         run = shared.stream.call(self.index, self.block)
@@ -175,7 +171,9 @@ class BlockReconstruction:
         started = time.perf_counter()
         with self._loss(by_logits, options.logit_stride) as loss:
             try:
-                result = train_block(self.block, batches, masks, options, loss, shared.split)
+                # Ranks that do not split windows all train with the same ones, each for itself.
+                with using(ranks() if shared.splits else SINGLE_PROCESS):
+                    result = train_block(self.block, batches, masks, options, loss)
             except ValueError as fault:
                 raise ValueError(f"{name}: {fault}") from fault
         trained = {
@@ -211,10 +209,7 @@ class BlockReconstruction:
 
     def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
         """Those batches of a stream, by number on this rank, that are trained on, of all ranks."""
-        shared = self.shared
-        return ReconstructionBatches(
-            stream.states, numbers, shared.counts, shared.ranks, shared.split, stream.device
-        )
+        return ReconstructionBatches(stream.states, numbers, self.shared.splits, stream.device)
 
     def _uncached_suffix(
         self,
@@ -242,7 +237,7 @@ class BlockReconstruction:
         )
         # A vote: whether this rank could try; whether there is a suffix; whether it is by token.
         vote = [len(x) > 0, suffix is not None, suffix is not None and suffix.by_token]
-        votes = [other for other in self.shared.ranks.gather_ints(vote) if other[0]]
+        votes = [other for other in ranks().gather_ints(vote) if other[0]]
         if not all(other[1] for other in votes):
             return None
         return CachedSuffix(module, forward, keep=False, by_token=all(other[2] for other in votes))
@@ -255,10 +250,8 @@ class BlockReconstruction:
             return
         # Ranks that do not split the windows of a step hold the same tensors, so they can split
         # the tokens that are compared instead.
-        shared = self.shared
-        ranks = shared.ranks if shared.split is SINGLE_PROCESS else SINGLE_PROCESS
-        with logits_of(shared.stream) as logits:
-            yield divergence_loss(logits, ranks, logit_stride)
+        with logits_of(self.shared.stream) as logits:
+            yield divergence_loss(logits, not self.shared.splits, logit_stride)
 
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
@@ -287,22 +280,20 @@ def activation_bytes(
     return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
 
 
-def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
-    """The ranks that split the windows of one training step.
+def splits_windows(batches: Sequence[torch.Tensor], device: torch.device) -> bool:
+    """Whether the ranks split the windows of one training step.
 
-    These are all ranks, or only this one if a batch cannot be split. On CUDA they are always all
-    ranks: gradients need not be the same twice there, so even the gradient of a single window comes
-    from one rank for all.
+    They do unless no batch can be split. On CUDA they always do: gradients need not be the same
+    twice there, so even the gradient of a single window comes from one rank for all.
 
     Args:
-        ranks: The ranks of the run.
-        windows: Number of windows in the largest batch.
+        batches: Token ids of the batches of all ranks.
         device: Where gradients are computed.
     """
-    return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
+    return device.type == "cuda" or any(len(ids) > 1 for ids in batches)
 
 
-def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tensor]:
+def step_parts(batches: Sequence[torch.Tensor], splits: bool) -> list[torch.Tensor]:
     """As many windows of each batch, as token ids, as this rank gets of it in a training step.
 
     The stream must see how the model calls its blocks with as many windows. Only their number
@@ -310,9 +301,9 @@ def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tens
 
     Args:
         batches: Token ids of the batches of all ranks.
-        split: Ranks that split the windows of a step; see `step_ranks`.
+        splits: Whether the ranks split the windows of a step; see `splits_windows`.
     """
-    return [ids[: len(split.own_range(len(ids)))] for ids in batches]
+    return [ids[: len(own_part(ids))] if splits else ids for ids in batches]
 
 
 class ReconstructionBatches:
@@ -328,9 +319,7 @@ class ReconstructionBatches:
     Args:
         states: Hidden states of this rank.
         chosen: Positions in `states` of the batches that are used.
-        counts: Per rank, how many batches are used there.
-        ranks: The ranks of the run.
-        split: Ranks that split the windows of a step; see `step_ranks`.
+        splits: Whether the ranks split the windows of a step; see `splits_windows`.
         device: Where `get` puts the batches.
     """
 
@@ -338,26 +327,26 @@ class ReconstructionBatches:
         self,
         states: HiddenStates,
         chosen: Sequence[int],
-        counts: Sequence[int],
-        ranks: Ranks,
-        split: Ranks,
+        splits: bool,
         device: torch.device,
     ) -> None:
         self._states = states
         self._chosen = chosen
-        self._ranks = ranks
-        self._split = split
+        # The ranks share batches also while each of them trains for itself.
+        self._ranks = ranks()
+        self._splits = splits
         self._device = device
-        # Per batch of all ranks, the rank that has it; and the number of this rank's first one.
-        self._owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
-        self._first = sum(counts[: ranks.rank])
         # A rank must allocate a batch before it receives it, so all ranks learn shapes and dtypes.
         layouts = [states.layout(batch) for batch in chosen]
         text = json.dumps(
             [[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in layouts]
         )
+        by_rank = [json.loads(part) for part in self._ranks.gather_text(text)]
         # Per batch of all ranks: [shape, name of the dtype].
-        self._layouts = [layout for part in ranks.gather_text(text) for layout in json.loads(part)]
+        self._layouts = [layout for part in by_rank for layout in part]
+        # The rank that has it; and the number of this rank's first one.
+        self._owners = [rank for rank, part in enumerate(by_rank) for _ in part]
+        self._first = sum(map(len, by_rank[: self._ranks.rank]))
 
     def __len__(self) -> int:
         """The number of batches of all ranks."""
@@ -377,8 +366,7 @@ class ReconstructionBatches:
         else:
             whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
         self._ranks.broadcast(whole, owner)
-        windows = self._split.own_range(len(whole))
-        return whole[windows.start : windows.stop]
+        return own_part(whole) if self._splits else whole
 
 
 # --- the schedule: what is trained after a block is pruned, on which batches, and how long ---

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import ranks, sum_ints
 from prunus.engine.reconstruction.cached_suffix import ALL_TOKENS
 from prunus.engine.reconstruction.output_loss import OutputLoss, relative_error
 
@@ -116,9 +116,11 @@ def train_block(
     masks: Mapping[str, torch.Tensor],
     options: TrainOptions,
     loss: OutputLoss = relative_error,
-    ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainResult:
     """Train the surviving weights of `block`; its own parameters end as they began.
+
+    Several ranks split the windows of every batch: `batches` gives each rank its own windows, which
+    may be none, and gradients are summed.
 
     Args:
         block: The block with its weights in place, on the device where it runs.
@@ -127,8 +129,6 @@ def train_block(
             Only these parameters are trained.
         options: How it is trained.
         loss: Compares an output with its target.
-        ranks: Processes that split the windows of every batch. `batches` gives each rank its own
-            windows, which may be none, and gradients are summed.
 
     Raises:
         ValueError: There is nothing to train, or there are no batches; or outputs or targets are
@@ -156,7 +156,7 @@ def train_block(
         contextlib.nullcontext() if native else in_float32(block),
         trainable(block, masks) as weights,
     ):
-        return _train(weights, batches, options, loss, ranks)
+        return _train(weights, batches, options, loss)
 
 
 class _Objective:
@@ -185,14 +185,14 @@ class _Objective:
             return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         return self._loss(output, target[:, tokens])
 
-    def validate(self, ranks: Ranks) -> float:
+    def validate(self) -> float:
         """Loss on all validation batches of all ranks."""
         with torch.no_grad(), self.autocast:
             # Validation always runs all tokens, so that its errors are comparable.
             pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
         # Sums are divided only once, after all batches and ranks: a batch counts by its tokens.
         total_2 = sum(pairs, torch.zeros(2, device=self.device))
-        ranks.all_reduce(total_2)
+        ranks().all_reduce(total_2)
         return float(total_2[0]) / float(total_2[1])
 
 
@@ -214,11 +214,10 @@ def _train(
     batches: BlockBatches,
     options: TrainOptions,
     loss: OutputLoss,
-    ranks: Ranks,
 ) -> TrainResult:
     """Train parameters that are prepared already; see `train_block`."""
     objective = _Objective(weights, batches, options.dtype, loss)
-    before = objective.validate(ranks)
+    before = objective.validate()
     if not math.isfinite(before):
         raise ValueError(
             "the block's outputs or their targets are not finite; check the checkpoints' weights"
@@ -226,7 +225,7 @@ def _train(
     # The weights before training are the first candidate.
     best = _Best(weights.snapshot(), before)
     # Adam's moments are freed when this function returns; the interpolations below need memory.
-    after, steps, stopped = _run_epochs(weights, objective, batches.train, options, best, ranks)
+    after, steps, stopped = _run_epochs(weights, objective, batches.train, options, best)
     # Without a step, start and end are the same weights.
     if not steps:
         return TrainResult(best.weights, before, best.error, steps, stopped)
@@ -234,7 +233,7 @@ def _train(
 
     def error_at(fraction: float) -> float:
         weights.load(weights.interpolate(end, fraction))
-        return objective.validate(ranks)
+        return objective.validate()
 
     for fraction, error in _interpolations(before, after, error_at):
         best.offer(error, lambda fraction=fraction: weights.interpolate(end, fraction))  # type: ignore[misc]
@@ -247,7 +246,6 @@ def _run_epochs(
     train: Sequence[int],
     options: TrainOptions,
     best: _Best,
-    ranks: Ranks,
 ) -> tuple[float, int, str | None]:
     """Run Adam over all epochs, and offer snapshots to `best`.
 
@@ -257,7 +255,6 @@ def _run_epochs(
         train: Numbers of the training batches, in the order of the steps of an epoch.
         options: How the block is trained.
         best: The best candidate so far, which is replaced by a better snapshot.
-        ranks: Processes that split the windows of every batch.
 
     Returns:
         The last validation error, the steps taken, and why training ended early, or None.
@@ -288,7 +285,7 @@ def _run_epochs(
                 whole_2 = torch.stack([summed.detach(), size])
                 # Dividing by the size over all ranks makes the summed gradients those of one
                 # process.
-                ranks.all_reduce(whole_2)
+                ranks().all_reduce(whole_2)
                 loss = summed / whole_2[1]
             # All ranks see the same sums, so all stop at the same step.
             if not bool((whole_2[0] / whole_2[1]).isfinite()):
@@ -296,7 +293,7 @@ def _run_epochs(
                 break
             if loss.requires_grad:  # False on a rank that has no windows of this batch
                 loss.backward()
-            for name, gradient in weights.take_gradients(ranks).items():
+            for name, gradient in weights.take_gradients().items():
                 masters[name].grad = gradient
             optimizer.step()
             optimizer.zero_grad()
@@ -304,7 +301,7 @@ def _run_epochs(
             weights.load(masters)
             steps += 1
         if stopped is not None or (epoch + 1) % interval == 0 or epoch + 1 == options.epochs:
-            error = objective.validate(ranks)
+            error = objective.validate()
             best.offer(error, weights.snapshot)
         if stopped is not None:
             break
@@ -417,7 +414,7 @@ class TrainedWeights:
             if values[name] is not parameter:
                 parameter.copy_(values[name])
 
-    def take_gradients(self, ranks: Ranks) -> dict[str, torch.Tensor]:
+    def take_gradients(self) -> dict[str, torch.Tensor]:
         """Take the gradients from the parameters, sum them over ranks, and mask them.
 
         All ranks call it at once.
@@ -426,9 +423,9 @@ class TrainedWeights:
             Relative name -> gradient, float32. A parameter that has no gradient on any rank is left
             out, such as an expert that no token reached.
         """
-        # Per rank, which parameters have a gradient; then, which have one on any rank.
-        present = ranks.gather_ints([p.grad is not None for p in self.parameters.values()])
-        anywhere = dict(zip(self.parameters, map(any, zip(*present, strict=True)), strict=True))
+        # On how many ranks each parameter has a gradient.
+        present = sum_ints([p.grad is not None for p in self.parameters.values()])
+        anywhere = dict(zip(self.parameters, present, strict=True))
         gradients = {}
         for name, parameter in self.parameters.items():
             if anywhere[name]:
@@ -439,7 +436,7 @@ class TrainedWeights:
                 else:
                     # Another rank has the gradient, so this one joins the sum with zeros.
                     gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                ranks.all_reduce(gradients[name])
+                ranks().all_reduce(gradients[name])
             parameter.grad = None
         return gradients
 

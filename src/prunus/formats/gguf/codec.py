@@ -22,7 +22,7 @@ from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
 from prunus.formats.gguf.header import padded
-from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.formats.gguf.import_checkpoint import unpack_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
@@ -60,7 +60,7 @@ class GgufCodec(Codec):
     }
     RESULT = GgufResult
 
-    unpack = staticmethod(import_gguf)
+    unpack = staticmethod(unpack_gguf)
     read_record = staticmethod(read_record)
 
     @staticmethod

@@ -10,21 +10,27 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
+from pydantic import RootModel
 
+from prunus.distributed import on_rank_0
+from prunus.engine.result import Result
+from prunus.engine.run import Command, carry_out
+from prunus.engine.run_options import RunOptions
+from prunus.engine.session import SILENT, Session
 from prunus.formats.gguf.card import imported_card
 from prunus.formats.gguf.file import GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.import_config import restore_constants
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
-from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.errors import reason
 from prunus.hardware.process_state import no_stderr
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
@@ -36,17 +42,65 @@ from prunus.model.checkpoint.files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.lock import LOCK_NAME, locked
+from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.output_folder import is_vacant
 from prunus.model.checkpoint.tensor_files import FileTensor, TensorInfo, Writable, save_safetensors
 from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 from prunus.model.skeleton import Skeleton
+from prunus.options import Option, Options
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Kind of model -> a part of its names in transformers, and what checkpoints have for it.
 _RENAMED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
+
+
+class ImportOptions(Options):
+    """What decides the checkpoint, beside the file."""
+
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        Option("Store weights in bfloat16, float16 or float32.", metavar="DTYPE"),
+    ] = "bfloat16"
+
+
+class ImportRecord(RootModel[dict[str, Any]]):
+    """What an import wrote, as values for JSON. No file holds it.
+
+    `architecture` (llama.cpp's name), `parameters` (count), `tied` (whether head and embedding are
+    one matrix), `chat_template` (whether there is one), `types` (those of the file -> share of the
+    weights), `dtype`, `files` (names), `bytes` (of all files).
+    """
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A GGUF file that can be imported.
+
+    Attributes:
+        path: The file.
+        file: Its header and tensors.
+        dtype: The dtype of the checkpoint, a name of `DTYPES`.
+    """
+
+    path: Path
+    file: GgufFile
+    dtype: str
+
+    def disk_bytes(self) -> int:
+        """Bytes of the weights of the checkpoint."""
+        weights = sum(tensor.n_elements for tensor in self.file.tensors.values())
+        return weights * DTYPES[self.dtype].itemsize
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON values; `types` are those of the file -> share of the weights."""
+        return {
+            "architecture": self.file.architecture,
+            "types": self.file.types,
+            "dtype": self.dtype,
+            "disk_bytes": self.disk_bytes(),
+        }
 
 
 def import_gguf(
@@ -68,14 +122,12 @@ def import_gguf(
         dest: A folder that does not exist or is empty.
         overwrite: Whether to replace what `dest` holds. It stays there until the new files are
             complete.
-        dtype: Dtype of the weights in the checkpoint, a name of `DTYPES`. None takes float32 where
-            it holds all values of the file exactly and costs little, else bfloat16.
+        dtype: Dtype of the weights in the checkpoint. None takes float32 where it holds all values
+            of the file exactly and costs little, else bfloat16.
         progress: Called with a line of text before each step; None for silence.
 
     Returns:
-        `architecture` (llama.cpp's name), `parameters` (count), `tied` (whether head and embedding
-        are one matrix), `chat_template` (whether there is one), `types` (those of the file -> share
-        of the weights), `dtype`, `files` (names), `bytes` (of all files).
+        The content of an `ImportRecord`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,60 +136,102 @@ def import_gguf(
         ValueError: It is no GGUF file, it is truncated or damaged, or transformers cannot import
             the model.
     """
-    path, dest = Path(path), Path(dest)
-    _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
-    say = progress or (lambda line: None)
-    say(f"reading {path.name}")
-    file = open_gguf(path)
-    # float32 holds the values of a file in full precision; others are not worth it.
-    dtype = dtype or ("float32" if file.types.keys() <= FULL_TYPES - {"BF16"} else "bfloat16")
-    with locked(dest):
-        check_destination(dest, overwrite=overwrite)
-        staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
-        remove_temporaries(dest)
-        staging.mkdir()
-        try:
-            say(f"unpacking {len(file.tensors)} tensors to {dtype}")
-            # transformers and gguf show progress bars; the caller shows its own.
-            with no_stderr(), file.read_by_transformers():
-                summary = _convert(path, file, staging, DTYPES[dtype])
-            drop_added_tokens(file, staging)
-            restore_split(file, staging)
-            _tidy(staging)
-            say(f"writing {dest}")
-            _put_in_place(staging, dest)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    files = sorted(written for written in dest.iterdir() if written.is_file())
-    return {
-        "architecture": file.architecture,
-        **summary,
-        "types": file.types,
-        "dtype": dtype,
-        "files": [written.name for written in files],
-        "bytes": sum(written.stat().st_size for written in files),
-    }
+    recipe, options = ImportOptions(dtype=dtype), RunOptions(overwrite=overwrite)
+    command = Importing(Path(path), Path(dest), recipe, options)
+    return carry_out(command, Session(announce=progress)).root
 
 
-def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(
-            f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}"
-            f"{did_you_mean(dtype, DTYPES)}"
-        )
-    check_destination(dest, overwrite=overwrite)
+def unpack_gguf(
+    path: Path,
+    dest: Path,
+    *,
+    dtype: str | None = "bfloat16",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint of a GGUF file to a folder that nobody else knows; see `import_gguf`."""
+    session = Session(announce=progress)
+    plan = plan_import(path, dtype, session)
+    dest.mkdir()
+    return _fill(plan, dest, session)
+
+
+class ImportResult(Result[Any]):
+    """The folder of an import, which holds no record, so that no run goes on with another."""
+
+    def earlier(self, model: str | Path, recipe: Options, options: RunOptions) -> None:
+        """Check that the folder may be written; see `check_destination`."""
+        check_destination(self.folder, overwrite=options.overwrite)
+
+
+class Importing(Command[ImportPlan, ImportRecord]):
+    """The command import, as the engine knows it."""
+
+    RECIPE, KIND, RESULT = ImportOptions, ImportRecord, ImportResult
+
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> ImportPlan:
+        """See `plan_import`."""
+        return plan_import(Path(self.model), self.recipe.dtype, session)
+
+    def work(
+        self, plan: ImportPlan, session: Session, earlier: ImportRecord | None, started: float
+    ) -> ImportRecord:
+        """Write all files beside their places, and then move them there."""
+        assert self.output is not None, "an import writes a folder"
+        dest = self.output
+
+        def write() -> dict[str, Any]:
+            staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
+            remove_temporaries(dest)
+            staging.mkdir()
+            try:
+                figures = _fill(plan, staging, session)
+                session.tell(f"writing {dest}")
+                _put_in_place(staging, dest)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            written = (x for x in dest.iterdir() if x.is_file() and x.name != LOCK_NAME)
+            sizes = {x.name: x.stat().st_size for x in sorted(written)}
+            return figures | {"files": [*sizes], "bytes": sum(sizes.values())}
+
+        return ImportRecord(on_rank_0(write))
+
+
+def plan_import(path: Path, dtype: str | None, session: Session) -> ImportPlan:
+    """Check a GGUF file, and decide the dtype of its checkpoint if it is None.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: As `import_gguf`.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: {'not a file' if path.exists() else 'no such file'}; give a file of "
             "llama.cpp, NAME.gguf"
         )
-    with path.open("rb") as file:
-        if (magic := file.read(4)) != b"GGUF":
+    with path.open("rb") as opened:
+        if (magic := opened.read(4)) != b"GGUF":
             raise ValueError(
                 f"{path}: not a GGUF file; it starts with {magic!r}, not b'GGUF'. Give a file of "
                 "llama.cpp"
             )
     check_extra()
+    session.tell(f"reading {path.name}")
+    file = open_gguf(path)
+    # float32 holds the values of a file in full precision; others are not worth it.
+    dtype = dtype or ("float32" if file.types.keys() <= FULL_TYPES - {"BF16"} else "bfloat16")
+    return ImportPlan(path, file, dtype)
+
+
+def _fill(plan: ImportPlan, folder: Path, session: Session) -> dict[str, Any]:
+    """Write the files of the checkpoint to an empty folder, and return figures of the model."""
+    file = plan.file
+    session.tell(f"unpacking {len(file.tensors)} tensors to {plan.dtype}")
+    # transformers and gguf show progress bars; the caller shows its own.
+    with no_stderr(), file.read_by_transformers():
+        figures = _convert(plan.path, file, folder, DTYPES[plan.dtype])
+    drop_added_tokens(file, folder)
+    restore_split(file, folder)
+    _tidy(folder)
+    return {"architecture": file.architecture, **figures, "types": file.types, "dtype": plan.dtype}
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:

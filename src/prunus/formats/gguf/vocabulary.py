@@ -215,14 +215,14 @@ def add_vocabulary(writer: Any, folder: Path, size: int, architecture: str) -> b
 
 def _scores(model: dict[str, Any], size: int, added: list[int]) -> list[float]:
     """The scores of tokens: the earlier a merge, the higher is that of the piece that it makes."""
-    ranks: dict[str, int] = {}
+    order: dict[str, int] = {}
     for pair in model["merges"]:
         left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
-        ranks.setdefault(left + right, len(ranks))
+        order.setdefault(left + right, len(order))
     scores = [_PADDING_SCORE] * size
     for token, index in model["vocab"].items():
         # Single characters are the result of no merge.
-        scores[index] = -float(ranks.get(token, len(ranks)))
+        scores[index] = -float(order.get(token, len(order)))
     for index in added:
         scores[index] = _ADDED_SCORE
     return scores
