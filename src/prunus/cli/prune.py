@@ -222,7 +222,6 @@ def plan(
 
     options |= {
         "command": command,
-        "teacher": teacher,
         "tensor_types": tensor_types,
         "imatrix": imatrix,
         "progress": not is_quiet(),
