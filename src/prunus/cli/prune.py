@@ -187,9 +187,6 @@ def plan(
             rich_help_panel=ADVANCED,
         ),
     ] = None,
-    teacher: Annotated[
-        str | None, opt("With recover: learn from this model.", "DENSE", rich_help_panel=ADVANCED)
-    ] = None,
     tensor_types: Annotated[
         Path | None,
         opt(
@@ -219,13 +216,12 @@ def plan(
     """Show what a run would do and cost; write no model.
 
     With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink, with
-    --mode, --text or --teacher recover.
+    --mode or --text recover.
     """
     from prunus.planning.plan import plan as plan_command
 
     options |= {
         "command": command,
-        "teacher": teacher,
         "tensor_types": tensor_types,
         "imatrix": imatrix,
         "progress": not is_quiet(),
