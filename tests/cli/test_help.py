@@ -131,7 +131,13 @@ def test_every_declared_option_is_in_the_help_with_its_default(verb, models):
                 assert helps[name].startswith(option.help), name
                 assert "Undefined" not in helps[name], name
                 default = model.model_fields[name].get_default(call_default_factory=True)
-                if option.default is None and default not in (None, False, (), PydanticUndefined):
+                if option.default is None and default not in (
+                    None,
+                    False,
+                    (),
+                    {},
+                    PydanticUndefined,
+                ):
                     shown = f"{default:g}" if isinstance(default, float) else str(default)
                     assert f"Default: {shown}." in helps[name], name
 

@@ -1,6 +1,7 @@
 """Each method against a slow reference, its guarantees, and the table that declares all methods."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.statistics import InputStatistics
+from prunus.sweeping.grid import Sweep
 from refusals import assert_refused
 from tiny import tiny_checkpoint, token_ids, weights
 
@@ -431,7 +433,7 @@ def test_default_groups_are_those_of_the_paper():
 
 def test_every_declared_option_exists_and_defaults_fit_every_method():
     for name, method in METHODS.items():
-        assert set(method.options) <= set(MethodOptions.model_fields), name
+        assert set(method.reads) <= set(MethodOptions.model_fields), name
         check_options(method, Pattern(group=method.default_group), 0.5)
 
 
@@ -569,3 +571,64 @@ def test_a_run_with_a_method_of_ones_own_is_recorded_and_not_mixed_with_another(
     with pytest.raises(ValueError, match="ria_power belongs to method ria, not to squared"):
         prunus.prune(dense, tmp_path / "no", method=name, ria_power=1.0, **options)
     assert not (tmp_path / "no").exists()
+
+
+OWN_OPTIONS = """
+from typing import Annotated
+from prunus.methods import Method, MethodOptions, keep_mask, masked
+from prunus.options import Option, between
+
+class OwnOptions(MethodOptions):
+    power: Annotated[float, Option("Raise the norms.", within=between("[0, 2]"))] = 0.5
+
+def prune(weight_OI, statistics, work):
+    power = work.options.power if work.linear.kind == "mlp" else 1.0
+    keep_OI = keep_mask(weight_OI.abs() * statistics.norms_I**power, work.pattern, work.sparsity)
+    return masked(weight_OI, keep_OI, {"power": power, **work.linear._asdict()})
+
+OWN = Method(name="mine", summary="", function=prune, needs="norms", options=OwnOptions)
+"""
+
+
+def test_a_method_knows_its_linear_and_has_options_of_its_own(tmp_path):
+    dense, file = tiny_checkpoint(tmp_path / "dense"), tmp_path / "own.py"
+    file.write_text(OWN_OPTIONS)
+    name, ids = f"{file}:OWN", token_ids()
+    record = prunus.prune(dense, tmp_path / "out", method=name, power=1.5, calibration=ids)
+    assert (record.what, record.recipe.method_options) == ("mine", {"power": 1.5})
+    linears = record.blocks[1].linears
+    assert linears["mlp.up_proj"].notes == {
+        "power": 1.5,
+        "name": "model.layers.1.mlp.up_proj",
+        "block": 1,
+        "inner": "mlp.up_proj",
+        "kind": "mlp",
+    }
+    assert linears["self_attn.q_proj"].notes["kind"] == "attention"
+    assert linears["self_attn.q_proj"].notes["power"] == 1.0
+    # The same by the command line and by a file of options.
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(f"method = {json.dumps(name)}\npower = 1.5\n")
+    for way in ({"recipe": recipe}, {"method": name, "method_options": ["power=1.5"]}):
+        same = prunus.prune(dense, tmp_path / "same", calibration=ids, overwrite=True, **way)
+        assert same.recipe.method_options == {"power": 1.5}
+    sweep = Sweep(models=("m",), recipe={}, grid=({"method": name, "power": [0.5, 1.0]},))
+    assert [x.name for x in sweep.cells()] == ["m-OWN-0.5-power=0.5", "m-OWN-0.5-power=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"powr": 1.0}, "method mine: unknown option 'powr'.*did you mean power"),
+        ({"power": 3.0}, r"method mine: power must lie in \[0, 2\]; got 3"),
+        ({"method_options": ["power"]}, "give NAME=VALUE, such as power=0.5; got 'power'"),
+    ],
+)
+def test_an_option_that_a_method_of_ones_own_does_not_have_is_refused(options, message, tmp_path):
+    dense, file = tiny_checkpoint(tmp_path / "dense"), tmp_path / "own.py"
+    file.write_text(OWN_OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        prunus.prune(dense, tmp_path / "out", method=f"{file}:OWN", **options)
+    with pytest.raises(ValueError, match="options must be a class derived from MethodOptions"):
+        Method(name="old", summary="", function="a:b", needs="none", options=("iterations",))
+    assert not (tmp_path / "out").exists()

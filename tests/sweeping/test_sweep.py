@@ -90,7 +90,7 @@ def test_a_grid_spans_all_combinations_and_names_have_what_differs_from_the_reci
     assert cells[2].recipe.n_of_m == (2, 4)
     assert cells[2].recipe.sparsity == 0.5
     own = Sweep(models=("m",), recipe={}, grid=({"method": "my/own.py:SQUARED"},)).cells()
-    assert own[0].name == "m-my_own.py_SQUARED-0.5"
+    assert own[0].name == "m-SQUARED-0.5"
     grid = ({"sparsity": [0.3, "4:8"]},)
     replaced = Sweep(models=("m",), recipe={"pattern": "2:4"}, grid=grid).cells()
     shapes = [(cell.recipe.pattern, cell.recipe.sparsity) for cell in replaced]

@@ -147,7 +147,7 @@ def _kind(annotation: Any) -> Any:
         parts = [part for part in get_args(annotation) if part is not type(None)]
     if len(parts) > 1:
         return str
-    if get_origin(parts[0]) is tuple:
+    if get_origin(parts[0]) in (tuple, dict):
         return list[str]
     is_choice = get_origin(parts[0]) is Literal
     return parts[0] if is_choice or parts[0] in (bool, Path) else str
@@ -155,7 +155,7 @@ def _kind(annotation: Any) -> Any:
 
 def _words(default: Any) -> str:
     """A default in the help; nothing for a switch that is off, or where there is no default."""
-    if default is False or default in ((), None, PydanticUndefined):
+    if default is False or default in ((), {}, None, PydanticUndefined):
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)
 

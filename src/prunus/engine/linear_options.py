@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prunus.engine.run_options import WindowOptions
 from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
@@ -154,6 +155,8 @@ class PruningOptions(MethodOptions, LinearOptions):
             columns), "block-row" (each row of them), or a number of rows per group; None for those
             that compete in the method's paper.
         allocation: How the sparsity is distributed over linears, with the same mean.
+        method_options: The options that a method of one's own declares: name -> value. A keyword or
+            a line of a file that is no option of prunus is taken for one of them.
 
     Raises:
         pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
@@ -208,12 +211,37 @@ class PruningOptions(MethodOptions, LinearOptions):
         ),
     ] = "uniform"
 
+    method_options: Annotated[
+        dict[str, bool | int | float | str],
+        Option(
+            "Set an option of your own method; may be repeated.",
+            metavar="NAME=VALUE",
+            panel=METHOD,
+            switch="--set",
+        ),
+    ] = Field(default={})
+
+    @field_validator("method_options", mode="before")
+    @classmethod
+    def _read_assignments(cls, value: Any) -> Any:
+        """A dict, or a list of texts such as "power=0.5" from the command line."""
+        if not isinstance(value, list | tuple):
+            return value
+        for text in value:
+            if not isinstance(text, str) or "=" not in text:
+                raise ValueError(f"give NAME=VALUE, such as power=0.5; got {text!r}")
+        options = dict(text.split("=", 1) for text in value)
+        for name, text in options.items():
+            with contextlib.suppress(ValueError):
+                options[name] = json.loads(text)
+        return options
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_sparsity(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values  # a damaged record, which pydantic refuses next
-        values = cls.filled_in(values)
+        values = cls._with_own_options(cls.filled_in(values))
         sparsity = values.get("sparsity")
         if isinstance(sparsity, str) and _PATTERN.match(sparsity):
             raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {sparsity}?")
@@ -229,6 +257,16 @@ class PruningOptions(MethodOptions, LinearOptions):
                 f"got sparsity {sparsity} as well: give one of the two"
             )
         return {**values, "sparsity": implied}
+
+    @classmethod
+    def _with_own_options(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values with those of a method of one's own in `method_options`."""
+        own = {k: v for k, v in values.items() if k not in {*cls.model_fields, *cls.ELSEWHERE}}
+        if not own or values.get("method", "wanda") in METHODS:
+            return values
+        given = cls._read_assignments(values.get("method_options", {}))
+        rest = {name: value for name, value in values.items() if name not in own}
+        return rest | {"method_options": {**given, **own}}
 
     @classmethod
     def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:

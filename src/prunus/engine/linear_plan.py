@@ -392,15 +392,16 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
         return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)
-    method = compose(published, recipe)
+    options = published.read_options(recipe, recipe.method_options)
+    method = compose(published, options)
     group = recipe.group
     if group is None:
-        group = published.with_options(recipe).default_group
-    pattern = Pattern.parse(recipe.pattern, group, recipe.block_size)
-    check_options(published, pattern, recipe.sparsity, recipe)
+        group = published.with_options(options).default_group
+    pattern = Pattern.parse(recipe.pattern, group, options.block_size)
+    check_options(published, pattern, recipe.sparsity, options)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.training.two_passes and method is published and method.has_reference_order
-    return method, Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
+    return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)
 
 
 def _with_memory(plan: LinearPlan) -> LinearPlan:

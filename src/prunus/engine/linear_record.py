@@ -137,6 +137,8 @@ class LinearsRecord(BlockwiseRecord):
         blocks: The finished blocks, in order.
         head: The pruned output head; None where it stays dense.
         allocation: Full name of a linear -> its sparsity; empty if all have the recipe's.
+        method_name: The name that a method of one's own has; empty in records of versions before
+            0.5.
         data_dir: Folder of local datasets that the calibration text was read from; None if none.
         left_dense: Weights of the blocks that stay as they are: full name -> shape.
         grid_bits: Bits of the grid that the weights of the model lay on before the run; None if
@@ -147,6 +149,7 @@ class LinearsRecord(BlockwiseRecord):
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(default_factory=dict)
+    method_name: str = ""
     data_dir: str | None = None
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     grid_bits: int | None = None

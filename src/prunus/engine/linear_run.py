@@ -68,6 +68,7 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         data = data_folder(self.options.data) if is_local else None
         return {
             "data_dir": None if data is None else str(data.absolute()),
+            "method_name": plan.method.name,
             "left_dense": plan.left_dense,
             "grid_bits": plan.grid_bits,
             "shard_count": 0 if isinstance(plan.source, ModuleSource) else plan.source.shard_count,

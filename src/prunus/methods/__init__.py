@@ -40,11 +40,12 @@ if TYPE_CHECKING:
     from prunus.methods.patterns import Pattern, keep_mask
     from prunus.methods.statistics import InputStatistics
     from prunus.methods.table import METHODS, Method, check_options, get_method
-    from prunus.methods.work import Pruned, Work, masked
+    from prunus.methods.work import LinearPlace, Pruned, Work, masked
 
 __all__ = [
     "METHODS",
     "InputStatistics",
+    "LinearPlace",
     "Method",
     "MethodOptions",
     "Pattern",
@@ -64,7 +65,7 @@ _HOMES = {
     "patterns": ("Pattern", "keep_mask"),
     "statistics": ("InputStatistics",),
     "table": ("METHODS", "Method", "check_options", "get_method"),
-    "work": ("Pruned", "Work", "masked"),
+    "work": ("LinearPlace", "Pruned", "Work", "masked"),
 }
 
 

@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -45,8 +45,10 @@ class Method:
         needs: The statistics of the inputs that it reads: "none", "norms" or "gram".
         default_group: Which weights compete in the method's paper, for unstructured sparsity.
         updates_weights: False where every kept weight stays as it was, to the bit.
-        options: The options that it reads and that other methods may not read. All methods may
-            have `damping`, because the steps after a method read it too.
+        options: The class of `Work.options`. A method with options of its own declares them in a
+            class derived from `MethodOptions`.
+        reads: Of the options in `MethodOptions` those that belong to single methods and that this
+            one reads. All methods may have `damping`, because the steps after a method read it too.
         groups: Which groups of unstructured sparsity it supports; empty for all.
         n_of_m: Whether it has an N:M form.
         why: Why it does not support the others, as the end of a sentence.
@@ -64,7 +66,8 @@ class Method:
     needs: Needs
     default_group: str | int = "row"
     updates_weights: bool = False
-    options: tuple[str, ...] = ()
+    options: type[MethodOptions] = MethodOptions
+    reads: tuple[str, ...] = ()
     groups: tuple[str | int, ...] = ()
     n_of_m: bool = True
     why: str = ""
@@ -72,6 +75,35 @@ class Method:
     has_reference_order: bool = False
     needs_drift: bool = False
     adds_ridge: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.options, type) and issubclass(self.options, MethodOptions)):
+            raise ValueError(
+                f"method {self.name}: options must be a class derived from MethodOptions, got "
+                f"{self.options!r}. Name options of other methods in `reads`"
+            )
+
+    def read_options(self, shared: MethodOptions, own: Mapping[str, Any]) -> MethodOptions:
+        """The options of a run, as an object of the class that the method declares.
+
+        Args:
+            shared: The options that all methods have, such as a recipe; only what was set counts.
+            own: The values of the method's own options, by name.
+
+        Raises:
+            ValueError: The method has no such option, or a value is out of range.
+
+        >>> METHODS["wanda"].read_options(MethodOptions(), {"power": 1})
+        Traceback (most recent call last):
+        ValueError: method wanda: unknown option 'power'; known are damping, dense_weight, \
+iterations, weight_update, ria_power, mask_from, mask_order, block_size; did you mean ria_power?
+        """
+        given = {name: getattr(shared, name) for name in shared.model_fields_set}
+        names = {*MethodOptions.model_fields}
+        try:
+            return self.options(**{k: v for k, v in given.items() if k in names}, **own)
+        except (TypeError, ValueError) as fault:
+            raise ValueError(f"method {self.name}: {fault}") from None
 
     def prune(
         self,
@@ -103,7 +135,7 @@ class Method:
         """
         from prunus.methods.work import Work
 
-        work = Work(pattern, sparsity, MethodOptions() if options is None else options)
+        work = Work(pattern, sparsity, self.options() if options is None else options)
         return self.apply(weight_OI, statistics, work)
 
     def apply(self, weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
@@ -174,7 +206,7 @@ _ALL = (
         function="prunus.methods.ria:prune",
         needs="norms",
         default_group="layer",
-        options=("ria_power",),
+        reads=("ria_power",),
     ),
     Method(
         name="sparsegpt",
@@ -200,7 +232,7 @@ _ALL = (
         function="prunus.methods.obs_ablations:prune",
         needs="gram",
         updates_weights=True,
-        options=("mask_from", "mask_order"),
+        reads=("mask_from", "mask_order"),
         under=_obs_under,
         has_reference_order=True,
     ),
@@ -212,7 +244,7 @@ _ALL = (
         function="prunus.methods.alps:prune",
         needs="gram",
         updates_weights=True,
-        options=("iterations",),
+        reads=("iterations",),
         adds_ridge=True,
     ),
 )
@@ -234,9 +266,9 @@ def check_owners(method: Method, options: MethodOptions) -> None:
     ValueError: ria_power belongs to method ria, not to wanda: drop it, or choose method ria
     """
     for name, field in MethodOptions.model_fields.items():
-        owners = [candidate.name for candidate in _ALL if name in candidate.options]
+        owners = [candidate.name for candidate in _ALL if name in candidate.reads]
         is_set = getattr(options, name) != field.default
-        if owners and is_set and name not in method.options:
+        if owners and is_set and name not in method.reads:
             raise ValueError(
                 f"{name} belongs to method {' and '.join(owners)}, not to {method.name}: drop it, "
                 f"or choose method {owners[0]}"

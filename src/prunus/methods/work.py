@@ -107,6 +107,22 @@ class RowSharding:
         return solve(EVERY_ROW)
 
 
+class LinearPlace(NamedTuple):
+    """Which linear of a model a method prunes.
+
+    Attributes:
+        name: Its full name, such as "model.layers.3.self_attn.q_proj".
+        block: The number of its block, from 0; None for the output head.
+        inner: Its name inside the block, such as "self_attn.q_proj".
+        kind: "attention", "mlp", "expert" or "other".
+    """
+
+    name: str
+    block: int | None = None
+    inner: str = ""
+    kind: str = "other"
+
+
 #: The shard with all rows of a linear.
 EVERY_ROW = RowShard()
 #: One process solves all rows.
@@ -132,11 +148,13 @@ class Work:
     Attributes:
         pattern: Which weights compete, and for N:M how many of them stay.
         sparsity: The share of the weights to remove; N:M implies its own.
-        options: What the user has chosen for the method and for the steps after it.
+        options: What the user has chosen for the method and for the steps after it; of the class
+            `Method.options`.
         rows: How the rows of the linear are split over processes.
         reference_order: Update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
         quantization: How the weight is quantised at the end; None where it is not.
+        linear: Which linear it is; None if a method is called without a run around it.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -145,6 +163,7 @@ class Work:
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
     quantization: GroupQuantizer | NearestRounding | None = None
+    linear: LinearPlace | None = None
 
 
 #: From a weight (O, I) float32, the statistics of its inputs and the work to the result.

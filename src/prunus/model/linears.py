@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.hardware.numerics import all_finite, check_finite
-from prunus.model.experts import find_routers
+from prunus.model.experts import Experts, find_routers
+from prunus.model.linears import is_table
 
 #: model_type -> path of the module list, where the declaration of transformers is not enough.
 BLOCK_LISTS: dict[str, str] = {
@@ -81,6 +82,11 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(stacks.items()))
 
 
+#: The part of a block in which a linear is. "other" is for the head, and for blocks that mix tokens
+#: without attention.
+Kind = Literal["attention", "mlp", "expert", "other"]
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One prunable linear of a block.
@@ -95,6 +101,7 @@ class Linear:
 
     name: str  #: relative to the block, e.g. `self_attn.q_proj`
     module: nn.Module  #: an `nn.Linear` or a `Conv1D`
+    kind: Kind = "other"  #: the part of the block in which it is
 
     @property
     def transposed(self) -> bool:
@@ -134,10 +141,24 @@ def find_linears(block: nn.Module) -> list[Linear]:
     """
     routers = find_routers(block)
     return [
-        Linear(name, module)
+        Linear(name, module, _kind(block, name))
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and name not in routers
     ]
+
+
+def _kind(block: nn.Module, name: str) -> Kind:
+    """The part of a block in which a linear is, by the classes of the modules that contain it."""
+    path = name.split(".")[:-1]
+    around = [block.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1)]
+    classes = " ".join(type(module).__name__.lower() for module in around)
+    if any(isinstance(module, Experts) for module in around):
+        return "expert"
+    if "attention" in classes or "attn" in classes:
+        return "attention"
+    # OPT and others have the two linears of their MLP in the block itself.
+    is_mlp = not around or any(word in classes for word in ("mlp", "feedforward", "ffn"))
+    return "mlp" if is_mlp else "other"
 
 
 def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, ...]]:

@@ -387,7 +387,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """A truth value, a number, a text or a list of them as TOML writes it.
+    """A truth value, a number, a text, or a list or table of them as TOML writes it.
 
     >>> _toml(("c4", "wikitext2")), _toml(True)
     ('["c4", "wikitext2"]', 'true')
@@ -397,6 +397,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, str | Path):
         # JSON and TOML escape equally, except for DEL, which only TOML escapes.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(x)}" for key, x in value.items()) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

@@ -31,7 +31,7 @@ class Manifest(LinearsRecord):
     @property
     def what(self) -> str:
         """The method."""
-        return self.recipe.method
+        return self.method_name or self.recipe.method
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
@@ -70,7 +70,7 @@ def pruned_card(
         manifest,
         "pruned",
         [
-            f"{source_name(manifest)} with {shape} sparsity by {recipe.method}. Shapes, tokenizer "
+            f"{source_name(manifest)} with {shape} sparsity by {manifest.what}. Shapes, tokenizer "
             f"and configuration are the source's: it loads with `{loader}.from_pretrained` and is "
             "used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
@@ -78,6 +78,6 @@ def pruned_card(
         ],
         tags=["pruned", "sparse", f"sparsity-{100 * sparsity:.0f}"],
         nbytes=nbytes,
-        fields={"prunus": f"\n  method: {recipe.method}\n  sparsity: {sparsity:.4f}"},
+        fields={"prunus": f"\n  method: {manifest.what}\n  sparsity: {sparsity:.4f}"},
         source=source,
     )

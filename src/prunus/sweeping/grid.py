@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
+from prunus.methods.table import METHODS
 from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
 from prunus.sweeping.results import CellResult
@@ -184,11 +185,14 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     [{'method': 'wanda', 'pattern': '2:4'}, {'method': 'obs', 'pattern': '2:4'}]
     """
     options = [*Recipe.model_fields, "recovery"]
+    methods = table.get("method", [])
+    # Options of a method of one's own are known when its file is loaded.
+    has_own = not {*(methods if isinstance(methods, list) else [methods])} <= METHODS.keys()
     hints = {"pattern": 'patterns belong to sparsity: sparsity = [0.5, "2:4"]'}
     # In a grid, a list holds the values that an option has in turn.
     hints |= dict.fromkeys(Recipe.lists(), "it belongs to [recipe]")
     for key, value in table.items():
-        if key not in options or key in hints:
+        if (key not in options and not has_own) or key in hints:
             names = ", ".join(name for name in options if name not in hints)
             raise ValueError(f"{where} cannot vary {key!r}: {hints.get(key, f'known are {names}')}")
         if value == []:
@@ -212,11 +216,12 @@ def _recipe(where: str, values: dict[str, Any]) -> Recipe:
 def _cell_name(label: str, recipe: Recipe, base: Recipe) -> str:
     """Model, method, sparsity, and all options of a recipe that differ from `base`."""
     shape = recipe.pattern.replace(":", "of") if recipe.n_of_m else f"{recipe.sparsity:g}"
-    parts = [label, _slug(recipe.method), shape]
+    parts = [label, _slug(recipe.method.rpartition(":")[2]), shape]
     values = recipe.model_dump()
     shared = base.model_dump()
+    values |= values.pop("method_options")
     for key in values:
-        if key not in ("method", "sparsity", "pattern") and values[key] != shared[key]:
+        if key not in ("method", "sparsity", "pattern") and values[key] != shared.get(key):
             parts.append(f"{key}={_slug(str(values[key]))}")
     return "-".join(parts)
 

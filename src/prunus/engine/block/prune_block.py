@@ -54,6 +54,7 @@ from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
+from prunus.methods.work import LinearPlace
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 
@@ -270,7 +271,11 @@ class BlockPruner:
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = prune_linear(
             self.plan.method,
-            replace(work, sparsity=sparsity),
+            replace(
+                work,
+                sparsity=sparsity,
+                linear=LinearPlace(full_name, state.index, linear.name, linear.kind),
+            ),
             linear,
             full_name,
             state.stored[key],
@@ -335,7 +340,12 @@ class BlockPruner:
             statistics = self._head_statistics(head, batches)
             stored = self.plan.source.read_outside([key])[key]
             finished = prune_linear(
-                self.plan.method, self.plan.work, head, head.name, stored, statistics
+                self.plan.method,
+                replace(self.plan.work, linear=LinearPlace(head.name, inner=head.name)),
+                head,
+                head.name,
+                stored,
+                statistics,
             )
         check_same(head.name, {key: finished.weight})
         return {key: finished.weight}, finished.record
