@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.hardware.numerics import all_finite, check_finite
 from prunus.model.experts import Experts, find_routers
-from prunus.model.linears import is_table
 
 #: model_type -> path of the module list, where the declaration of transformers is not enough.
 BLOCK_LISTS: dict[str, str] = {
