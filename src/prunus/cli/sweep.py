@@ -64,7 +64,8 @@ def report(
     output: Annotated[
         Path | None,
         opt(
-            "Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
+            "Write a page (.html), Markdown (.md), a table (.csv), LaTeX (.tex), or the charts (.svg, "
+            ".png, .pdf). Default: print tables.",
             "FILE",
             names=("--output", "-o"),
         ),
@@ -73,7 +74,7 @@ def report(
         str | None, opt("Set the title of the report. Default: that of its first section.", "TEXT")
     ] = None,
 ) -> None:
-    """Show runs, sweeps and evaluations as HTML, Markdown or text."""
+    """Show runs, sweeps and evaluations as tables or figures."""
     from prunus.reporting.page import document_json
     from prunus.reporting.write import report as write_report
 

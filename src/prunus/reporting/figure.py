@@ -79,9 +79,8 @@ def to_figure(kind: str, document: Document) -> bytes:
         for panel in panels:
             panel.set_axis_off()
         content = io.BytesIO()
-        undated = {"svg": "Date", "pdf": "CreationDate"}
-        metadata = {undated[kind]: None} if kind in undated else {}
-        figure.savefig(content, format=kind, metadata=metadata)
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(content, format=kind, metadata=undated.get(kind))
     return content.getvalue()
 
 
@@ -103,15 +102,18 @@ def _draw(chart: Lines, panel: Any) -> None:
     if chart.level is not None:
         name, level = chart.level
         panel.axhline(level, label=name, color="#555555", linestyle=":", linewidth=1)
-    panel.set_xlabel(chart.x_title)
-    panel.set_ylabel(chart.y_title)
-    if chart.log_x:
-        panel.set_xscale("log")
+    panel.set(
+        xlabel=chart.x_title,
+        ylabel=chart.y_title,
+        xscale="log" if chart.log_x else "linear",
+        yscale="log" if chart.log_y else "linear",
+    )
     if chart.log_y:
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=StrMethodFormatter("{x:,.6g}"),
+            minor_formatter=NullFormatter(),
+        )
     if chart.round_ticks:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     else:

@@ -213,18 +213,17 @@ class _Comparison:
     def means(self, figure_of: Callable[[SweptModel], Any]) -> dict[tuple[str, str, Any], Any]:
         """Row, model and value on the axis -> mean and standard deviation over the seeds.
 
-        A figure of a single seed stays as it is, without the error that its source has. None where
-        a cell lacks the figure: all means are over the same seeds.
+        In a sweep with one seed, a figure stays as it is, without the error that its source has. It
+        is left out where a cell lacks it: all means of a row are over the same seeds.
         """
         means: dict[tuple[str, str, Any], Any] = {}
         for key, cells in self.cells.items():
             values = [value for cell in cells if (value := plain(figure_of(cell))) is not None]
-            if len(values) < len(cells) or self.seeds == 1:
-                means[key] = values[0] if len(values) == len(cells) else None
-                continue
-            deviation = stdev(values) if len(values) > 1 else None
-            seeds = None if len(values) == self.seeds else len(values)
-            means[key] = Measured(fmean(values), deviation, seeds=seeds)
+            if len(values) == len(cells):
+                deviation = stdev(values) if len(values) > 1 else None
+                seeds = None if len(values) == self.seeds else len(values)
+                mean = Measured(fmean(values), deviation, seeds=seeds)
+                means[key] = mean if self.seeds > 1 else values[0]
         return means
 
     def table(
@@ -268,7 +267,7 @@ class _Comparison:
             points = [Point(DENSE, DENSE, dense)]
             for name, of, top in self.cells:
                 if of == label:
-                    at = {figure: means[figure][name, of, top] for figure in figures}
+                    at = {figure: means[figure].get((name, of, top)) for figure in figures}
                     at |= {} if isinstance(top, str) else {self.axis.title: top}
                     points.append(Point(name, f"{name}, {self.axis.words(top)}", at))
             charts += quality_charts(place, points, dense.get("perplexity"))
