@@ -64,8 +64,8 @@ def report(
     output: Annotated[
         Path | None,
         opt(
-            "Write a page (.html), Markdown (.md), a table (.csv), LaTeX (.tex), or the charts (.svg, "
-            ".png, .pdf). Default: print tables.",
+            "Write a page (.html), Markdown (.md), one table (.csv), LaTeX (.tex), or a figure "
+            "(.svg, .png, .pdf). Default: print tables.",
             "FILE",
             names=("--output", "-o"),
         ),

@@ -236,7 +236,7 @@ class _Comparison:
     ) -> list[Table]:
         """A row for each method, and one for the dense models; empty where nothing was measured."""
         means = self.means(figure_of)
-        tops = dict.fromkeys((label, top) for _, label, top in means)
+        tops = dict.fromkeys((label, top) for _, label, top in self.cells)
         columns = [Column("method")]
         for label, top in tops:
             words = [label] * (len(self.models) > 1)
@@ -244,7 +244,7 @@ class _Comparison:
             columns.append(Column(", ".join(words), form, best))
         rows = [
             (name, *(means.get((name, *top)) for top in tops))
-            for name in dict.fromkeys(name for name, *_ in means)
+            for name in dict.fromkeys(name for name, *_ in self.cells)
         ]
         dense = [plain(figure_of(self.models[label])) for label, _ in tops]
         rows = [(DENSE, *dense)] * any(value is not None for value in dense) + rows
