@@ -7,11 +7,11 @@ sparsity, number of windows and tokens per window that varies among the cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from prunus.engine.document import (
-    Best,
     Column,
     DocumentPart,
     Facts,
@@ -109,20 +109,17 @@ def sweep_section(results: SweepResults) -> Section:
     texts = short_names(results.scoring["texts"])
     comparison = _Comparison(results)
     for text, where in texts.items():
-        of_text = [_on_text(text, figure) for figure in _NOTES]
-        for figure, figure_of in zip(_NOTES, of_text, strict=True):
+        on_text = partial(SweptModel.figures, text=text)
+        for figure, note in _NOTES.items():
             title = f"{figure[:1].upper()}{figure[1:]} on {where}"
-            note, best = _NOTES[figure], BEST[figure]
-            tables = comparison.table(title, figure_of, FORMS[figure], note, best)
+            tables = comparison.table(title, on_text, figure, note)
             (folded if figure == "residual gap" else shown).extend(tables)
         shown += comparison.charts(text, where)
     if results.scoring.get("tasks"):
-        models = list(results.every_model())
-        shown.append(tasks_table("Tasks", {name: x.task_figures() for name, _, x in models}))
-        for title in dict.fromkeys(title for _, _, x in models for title in x.task_figures()):
-            form = form_of(title.rpartition(", ")[2])
-            wins: Best | None = "highest" if form == ".2%" else None
-            folded += comparison.table(title, _on_task(title), form, "", wins)
+        on_tasks = {name: model.task_figures() for name, _, model in results.every_model()}
+        shown.append(tasks_table("Tasks", on_tasks))
+        for figure in dict.fromkeys(figure for figures in on_tasks.values() for figure in figures):
+            folded += comparison.table(figure, SweptModel.task_figures, figure)
     failed = tuple((name, x.error) for name, _, x in results.every_model() if x.error)
     if failed:
         shown.append(Table("What failed", (Column("model"), Column("reason")), failed))
@@ -210,7 +207,9 @@ class _Comparison:
             self.cells.setdefault(key, []).append(cell)
         self.seeds = max(map(len, self.cells.values()), default=1)
 
-    def means(self, figure_of: Callable[[SweptModel], Any]) -> dict[tuple[str, str, Any], Any]:
+    def means(
+        self, figures_of: Callable[[SweptModel], Mapping[str, Any]], figure: str
+    ) -> dict[tuple[str, str, Any], Any]:
         """Row, model and value on the axis -> mean and standard deviation over the seeds.
 
         In a sweep with one seed, a figure stays as it is, without the error that its source has. It
@@ -218,7 +217,8 @@ class _Comparison:
         """
         means: dict[tuple[str, str, Any], Any] = {}
         for key, cells in self.cells.items():
-            values = [value for cell in cells if (value := plain(figure_of(cell))) is not None]
+            measured = [plain(figures_of(cell).get(figure)) for cell in cells]
+            values = [value for value in measured if value is not None]
             if len(values) == len(cells):
                 deviation = stdev(values) if len(values) > 1 else None
                 seeds = None if len(values) == self.seeds else len(values)
@@ -229,13 +229,14 @@ class _Comparison:
     def table(
         self,
         title: str,
-        figure_of: Callable[[SweptModel], Any],
-        form: str,
-        note: str,
-        best: Best | None,
+        figures_of: Callable[[SweptModel], Mapping[str, Any]],
+        figure: str,
+        note: str = "",
     ) -> list[Table]:
         """A row for each method, and one for the dense models; empty where nothing was measured."""
-        means = self.means(figure_of)
+        means = self.means(figures_of, figure)
+        form = FORMS.get(figure) or form_of(figure.rpartition(", ")[2])
+        best = BEST.get(figure) or ("highest" if form == ".2%" else None)
         tops = dict.fromkeys((label, top) for _, label, top in self.cells)
         columns = [Column("method")]
         for label, top in tops:
@@ -246,7 +247,7 @@ class _Comparison:
             (name, *(means.get((name, *top)) for top in tops))
             for name in dict.fromkeys(name for name, *_ in self.cells)
         ]
-        dense = [plain(figure_of(self.models[label])) for label, _ in tops]
+        dense = [plain(figures_of(self.models[label]).get(figure)) for label, _ in tops]
         rows = [(DENSE, *dense)] * any(value is not None for value in dense) + rows
         if not any(value is not None for _, *values in rows for value in values):
             return []
@@ -259,7 +260,8 @@ class _Comparison:
         A chart over the axis needs two numbers on it; patterns are in the table alone.
         """
         figures = ("perplexity", "KL divergence", *SIZES)
-        means = {figure: self.means(_on_text(text, figure)) for figure in figures}
+        on_text = partial(SweptModel.figures, text=text)
+        means = {figure: self.means(on_text, figure) for figure in figures}
         charts = []
         for label, model in self.models.items():
             place = f"{where}, {label}" if len(self.models) > 1 else where
@@ -277,14 +279,6 @@ class _Comparison:
                 if len({x for line in chart.series for x in line.x}) > 1:
                     charts.append(chart)
         return charts
-
-
-def _on_text(text: str, figure: str) -> Callable[[SweptModel], Any]:
-    return lambda model: model.figures(text).get(figure)
-
-
-def _on_task(title: str) -> Callable[[SweptModel], Any]:
-    return lambda model: model.task_figures().get(title)
 
 
 def _row_names(cells: Sequence[CellResult], axis: _Axis) -> list[str]:
