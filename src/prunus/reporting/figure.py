@@ -51,13 +51,13 @@ def to_figure(kind: str, document: Document) -> bytes:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: The document has no chart.
     """
-    require_library("matplotlib", "a figure", "plot")
     charts = document.charts()
     if not charts:
         raise ValueError(
             f"{document.title}: there is nothing to plot. A figure needs a sweep over values of "
             "sparsity, samples or seqlen, models of several sizes, or a run that measured errors"
         )
+    require_library("matplotlib", "a figure", "plot")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
