@@ -48,6 +48,7 @@ LIBRARIES = {
 #: Libraries that an extra installs: each is imported in one file, inside a function.
 OPTIONAL = [
     "datasets", "gguf", "accelerate", "peft", "lm_eval", "PIL",
+    "matplotlib", "pandas",
 ]  # fmt: skip
 
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.

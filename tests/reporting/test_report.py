@@ -82,7 +82,7 @@ def test_a_run_is_shown_with_its_manifests_figures(run):
         for place, (name, record) in enumerate(block.linears.items()):
             row = linears[index * 7 + place]
             assert row["linear"] == f"{block.name}.{name}"
-            assert (row["zeros"], row["sparsity"]) == (record.zeros, record.sparsity)
+            assert (row["zeros"], row["sparsity reached"]) == (record.zeros, record.sparsity)
             assert row["removed energy"] == record.removed_energy
     assert len(linears) == 14
     [chart] = [part for part in section.parts if isinstance(part, Lines)]
@@ -98,10 +98,13 @@ def test_a_sweep_is_shown_with_means_over_seeds_gaps_and_failures():
     shown = table(section, "Perplexity on wikitext2")
     assert list(shown) == ["dense", "magnitude", "wanda", "wanda, recovered by lora", "sparsegpt"]
     assert (shown["dense"]["50%"], shown["dense"]["2:4"]) == (20.5, 20.5)
-    assert (shown["magnitude"]["50%"], shown["magnitude"]["2:4"]) == (522.02, None)
-    assert (shown["wanda"]["50%"], shown["wanda"]["2:4"]) == ((31.25 + 32.75) / 2, 61.5)
-    assert shown["wanda, recovered by lora"]["50%"] == 27.5
-    assert table(section, "Residual gap on wikitext2")["wanda"]["2:4"] == 2.0
+    one_seed = {"stderr": None, "seeds": 1}
+    assert shown["magnitude"]["50%"] == Measured(522.02, **one_seed)
+    assert shown["magnitude"]["2:4"] is None
+    assert shown["wanda"]["50%"] == Measured(32.0, pytest.approx(1.5 / 2**0.5))
+    assert shown["wanda"]["2:4"] == Measured(61.5, **one_seed)
+    assert shown["wanda, recovered by lora"]["50%"] == Measured(27.5, **one_seed)
+    assert table(section, "Residual gap on wikitext2")["wanda"]["2:4"] == Measured(2.0, **one_seed)
     assert table(section, "What failed") == {
         "smol-sparsegpt": {"model": "smol-sparsegpt", "reason": "OSError: full"}
     }
@@ -365,8 +368,8 @@ def test_a_sweep_shows_divergences_and_sizes():
     section = sweep_section(compared_sweep())
     assert table(section, "KL divergence on wikitext2")["wanda"] == {
         "method": "wanda",
-        "50%": 0.5,  # the mean over two seeds
-        "2:4": 1.0,
+        "50%": Measured(0.5, pytest.approx(0.5 / 2**0.5)),  # the mean over two seeds
+        "2:4": Measured(1.0, None, seeds=1),
     }
     row = table(section, "Models")["smol-wanda-0.5-0"]
     assert row["KL divergence, wikitext2"] == Measured(0.25, 0.01)

@@ -177,7 +177,8 @@ def report(
     output: Annotated[
         Path | None,
         opt(
-            "Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
+            "Write a page (.html), Markdown (.md), one table (.csv), LaTeX (.tex), or a figure "
+            "(.svg, .png, .pdf). Default: print tables.",
             "FILE",
             names=("--output", "-o"),
         ),
@@ -186,7 +187,7 @@ def report(
         str | None, opt("Set the title of the report. Default: that of its first section.", "TEXT")
     ] = None,
 ) -> None:
-    """Show runs, sweeps and evaluations as HTML, Markdown or text."""
+    """Show runs, sweeps and evaluations as tables or figures."""
     from prunus.reporting.page import document_json
     from prunus.reporting.write import report as write_report
 

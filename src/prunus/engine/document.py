@@ -1,20 +1,28 @@
 """The content of a report, apart from how it is shown: sections of facts, tables and charts.
 
 A document holds every figure as it was measured. Only `text_of` formats figures, so that the page,
-the notebook, the terminal and Markdown agree. Every record shows itself by a `Table` of this
+the notebook, the terminal, Markdown and LaTeX agree. Every record shows itself by a `Table` of this
 module. Here is the HTML that the page and the notebook share; `prunus.reporting` has the rest.
+
+Programs get the same figures as plain rows, which `plain_rows` makes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
+
+from prunus.hardware.sizes import counted
 
 #: What stands for a figure that was not measured.
 MISSING = "–"
+#: Which of the figures that compete is the best one.
+Best = Literal["lowest", "highest"]
 # Values of at most this many characters are shown several in a row.
 _SHORT = 28
 # Notebooks align every cell to the right.
@@ -25,17 +33,20 @@ _NOTEBOOK_STYLE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with its standard error.
+    """A figure with its standard error, or a mean over seeds with its standard deviation.
 
     Attributes:
         value: The figure.
-        stderr: Its standard error, in the same unit; None where it is not known.
+        stderr: Its standard error, in the same unit; None where it is not known. Of a mean over
+            seeds, it is the standard deviation.
         form: The Python format of both; None for that of the column.
+        seeds: The number of seeds, if it is not that of the other means in the table; else None.
     """
 
     value: float
     stderr: float | None
     form: str | None = None
+    seeds: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,13 @@ class Column:
     Attributes:
         title: Its heading.
         form: The Python format of its figures, such as ".2%"; None if it holds text.
+        best: Which of its figures is the best one, which LaTeX prints in bold; None if the column
+            is no comparison.
     """
 
     title: str
     form: str | None = None
+    best: Best | None = None
 
 
 @dataclass(frozen=True)
@@ -98,12 +112,14 @@ class Series:
         x: The first coordinates of its points.
         y: The second coordinates, as many.
         hover: The text of each point under the pointer, as many.
+        error: The length of the error bar above and below each point, as many; 0 for none.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     hover: tuple[str, ...]
+    error: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -144,12 +160,14 @@ class Section:
         lead: A paragraph below the heading; "" for none.
         parts: What is shown at once.
         details: What the page shows after a click.
+        data: The figures for programs, as `plain_rows`.
     """
 
     title: str
     lead: str = ""
     parts: tuple[DocumentPart, ...] = ()
     details: tuple[DocumentPart, ...] = ()
+    data: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +181,11 @@ class Document:
 
     title: str
     sections: tuple[Section, ...] = ()
+
+    def charts(self) -> list[Lines]:
+        """All charts, in order."""
+        parts = [part for x in self.sections for part in (*x.parts, *x.details)]
+        return [part for part in parts if isinstance(part, Lines)]
 
     def _repr_html_(self) -> str:
         """The report in a notebook: facts and tables. Only the written page has charts."""
@@ -181,6 +204,7 @@ def table_of(
     forms: Mapping[str, str],
     note: str = "",
     total: Mapping[str, Any] | None = None,
+    best: Mapping[str, Best] = MappingProxyType({}),
 ) -> Table:
     """A table from rows that map the title of a column to a value.
 
@@ -192,11 +216,13 @@ def table_of(
         forms: Title of a column with figures -> their Python format.
         note: Lines of text below the table.
         total: A last row that sums up the others; None for none.
+        best: Title of a column -> which of its figures is the best one.
 
     >>> rows = [{"model": "a", "bits": None}, {"model": "b", "bits": None, "GB": 1.5}]
     >>> table = table_of("Size", rows, {"GB": ".2f"})
     >>> table.columns, table.rows
-    ((Column(title='model', form=None), Column(title='GB', form='.2f')), (('a', None), ('b', 1.5)))
+    ((Column(title='model', form=None, best=None), Column(title='GB', form='.2f', best=None)),
+     (('a', None), ('b', 1.5)))
     """
     rows = list(rows)
     every = [*rows, *([total] if total else [])]
@@ -207,7 +233,7 @@ def table_of(
     ]
     return Table(
         title,
-        tuple(Column(title, forms.get(title)) for title in titles),
+        tuple(Column(title, forms.get(title), best.get(title)) for title in titles),
         tuple(tuple(map(row.get, titles)) for row in rows),
         note,
         tuple(map(total.get, titles)) if total else (),
@@ -247,6 +273,8 @@ def text_of(value: Any, form: str | None) -> str:
     '1,234.57'
     >>> text_of(Measured(0.5, stderr=0.25), ".1%")
     '50.0% ± 25.0%'
+    >>> text_of(Measured(0.5, stderr=None, seeds=1), ".1%")
+    '50.0% (1 seed)'
     >>> text_of(None, ".1%")
     '–'
     """
@@ -257,8 +285,48 @@ def text_of(value: Any, form: str | None) -> str:
         error = (
             "" if value.stderr is None else f" ± {text_of(value.stderr, form and form.lstrip('+'))}"
         )
-        return f"{text_of(value.value, form)}{error}"
+        seeds = "" if value.seeds is None else f" ({counted(value.seeds, 'seed')})"
+        return f"{text_of(value.value, form)}{error}{seeds}"
     return str(value) if form is None or isinstance(value, str) else format(value, form)
+
+
+def plain(value: Any) -> Any:
+    """A figure without its error; everything else stays as it is.
+
+    >>> plain(Measured(0.5, 0.01, ".2%")), plain(0.5), plain(None)
+    (0.5, 0.5, None)
+    """
+    return value.value if isinstance(value, Measured) else value
+
+
+def plain_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Rows for programs: plain values under plain names, with errors in columns of their own.
+
+    All rows have the same names. A column without any value is left out.
+
+    Args:
+        rows: The rows of a table, as `table_of` takes them.
+
+    >>> plain_rows([{"model": "a", "KL divergence, c4": Measured(0.5, 0.01)}])
+    ({'model': 'a', 'kl_divergence_c4': 0.5, 'kl_divergence_c4_stderr': 0.01},)
+    """
+    table = table_of("", rows, {})
+    names: dict[str, bool] = {}
+    for place, column in enumerate(table.columns):
+        name = re.sub(r"[^\w.]+", "_", column.title.lower()).strip("_")
+        # Titles that differ in punctuation alone stay apart.
+        name = column.title if name in names else name
+        errors = (getattr(row[place], "stderr", None) for row in table.rows)
+        names[name] = any(error is not None for error in errors)
+    plain_ones = []
+    for row in table.rows:
+        cells: dict[str, Any] = {}
+        for (name, has_error), value in zip(names.items(), row, strict=True):
+            cells[name] = plain(value)
+            if has_error:
+                cells[f"{name}_stderr"] = getattr(value, "stderr", None)
+        plain_ones.append(cells)
+    return tuple(plain_ones)
 
 
 def part_html(part: Facts | Table) -> str:
@@ -293,8 +361,8 @@ def _facts_html(facts: Facts) -> str:
 def _row_html(row: tuple[Any, ...], table: Table) -> str:
     cells = []
     for value, column in zip(row, table.columns, strict=True):
-        plain = value.value if isinstance(value, Measured) else value
-        raw = "" if plain is None else f' data-value="{escape(str(plain))}"'
+        figure = plain(value)
+        raw = "" if figure is None else f' data-value="{escape(str(figure))}"'
         text = escape(text_of(value, column.form))
         cells.append(f"<td{_number_class(column)}{raw}>{text}</td>")
     return f"<tr>{''.join(cells)}</tr>"

@@ -58,6 +58,15 @@ class LinearRecord(RecordPart):
         return self.removed_energy
 
 
+def linear_kind(name: str) -> str:
+    """The kind of a linear, by its name in the block: all experts count as one.
+
+    >>> linear_kind("mlp.experts.3.up_proj")
+    'mlp.experts.*.up_proj'
+    """
+    return _EXPERT_NUMBER.sub(".*.", name)
+
+
 def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
     """The name of the error that a run measured, and its mean over all linears.
 
@@ -207,7 +216,7 @@ class LinearsRecord(BlockwiseRecord):
         kinds: dict[str, list[LinearRecord]] = {}
         for block in self.blocks:
             for name, record in block.linears.items():
-                kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
+                kinds.setdefault(linear_kind(name), []).append(record)
         kinds |= {} if self.head is None else {"output head": [self.head]}
         every = [record for records in kinds.values() for record in records]
         return table_of(

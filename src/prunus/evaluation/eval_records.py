@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from prunus.engine.document import Column, Measured, Table, text_of
+from prunus.engine.document import Best, Column, Measured, Table, text_of
 from prunus.evaluation.metrics import METRICS, TextMetric
 
 
@@ -58,6 +58,13 @@ FORMS = {
     **{metric.title: metric.form for metric in METRICS},
     "file, GB": ",.3f",
     "bits per weight": ".2f",
+}
+#: Title of a column in which results compete -> which figure is the best one.
+BEST: dict[str, Best] = {
+    "perplexity": "lowest",
+    "residual gap": "lowest",
+    "KL divergence": "lowest",
+    "same top token": "highest",
 }
 #: The metrics with their units, for the notes of tables.
 UNITS = ", ".join(f"{metric.title} ({metric.unit})" for metric in METRICS if not metric.of_tokens)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunus.engine.document import (
+    Best,
     Facts,
     Lines,
     Measured,
@@ -17,18 +18,30 @@ from prunus.engine.document import (
     Series,
     Table,
     items_of,
+    plain,
+    plain_rows,
     short_names,
     table_of,
     text_of,
 )
-from prunus.evaluation.eval_records import FORMS, UNITS, ModelSize, PerplexityResult, finite
+from prunus.evaluation.eval_records import (
+    BEST,
+    FORMS,
+    UNITS,
+    ModelSize,
+    PerplexityResult,
+    finite,
+)
+from prunus.sweeping.results import DENSE
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
-#: The y axis is logarithmic from this ratio of the largest to the smallest value.
-_LOG_FROM = 6.0
+#: An axis is logarithmic from this ratio of the largest to the smallest value.
+_LOG_X_FROM, _LOG_Y_FROM = 16.0, 6.0
 #: Columns for a chart's x axis. The first size that tells results apart is taken.
-_SIZES = ("file, GB", "bits per weight")
+SIZES = ("file, GB", "bits per weight")
+#: Sizes with at most this ratio are the same: the headers of files differ by some bytes.
+_SAME_SIZE = 1.01
 #: Metric of a difference between two models -> the title of its column.
 _PAIRED = {
     "kl": "KL divergence",
@@ -58,22 +71,42 @@ def evaluation_section(content: dict[str, Any]) -> Section:
         for model in models
     }
     sizes = {model["model"]: _size(model) for model in models}
+    tasks = {
+        model["model"]: _metrics(model["tasks"]) for model in models if model["tasks"] is not None
+    }
     pairs = _pairs(content.get("text_differences", []), names)
-    parts = [*_quality(scores, sizes, names), *pairs, *_tasks(content, names)]
+    parts = [*_quality(scores, sizes, names), *pairs, *_tasks(tasks, content["differences"], names)]
     if (reference := content.get("reference")) is not None:
         dense = _size(reference)
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
+    on_tasks = {
+        names[model]: {f"{task}, {metric}": of["figure"] for (task, metric), of in metrics.items()}
+        for model, metrics in tasks.items()
+    }
+    if on_tasks:
+        parts.append(tasks_table("Side by side on tasks", on_tasks, best=True))
+    data = [
+        {"model": model}
+        | {
+            f"{title}, {_short(score)}": figure
+            for score in scores[model]
+            for title, figure in (score.figures() | score.token_figures()).items()
+        }
+        | sizes[model]
+        | on_tasks.get(names[model], {})
+        for model in names
+    ]
     protocols = {
         score.source: score.protocol for model_scores in scores.values() for score in model_scores
     }
     details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
-    for tasks in [model["tasks"] for model in models if model["tasks"] is not None][:1]:
-        shown = dict(tasks["protocol"])
+    for of_tasks in [model["tasks"] for model in models if model["tasks"] is not None][:1]:
+        shown = dict(of_tasks["protocol"])
         shown |= shown.pop("versions")
         details.append(Facts("Protocol of the tasks", items_of(shown)))
     title = "Evaluation of " + ", ".join(names.values())
-    return Section(title, parts=tuple(parts), details=tuple(details))
+    return Section(title, "", tuple(parts), tuple(details), plain_rows(data))
 
 
 def _size(model: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +158,9 @@ def _quality(
         note += f" Compared with {name}: {UNITS}; ± one standard error over windows."
     if any(size.get("bits per weight") for size in sizes.values()):
         note += " Bits per weight of the linears; scales count too."
-    table = table_of("Quality and size", rows, FORMS, note.strip())
+    # Figures on several texts do not compete.
+    best = BEST if len({row.get("text") for row in rows}) == 1 else {}
+    table = table_of("Quality and size", rows, FORMS, note.strip(), best=best)
     tokens = table_of("Single tokens", token_rows, FORMS, _OF_TOKENS)
     tables = [table] * (len(table.columns) > 1) + [tokens] * (len(tokens.columns) > 2)
     return [*tables, *charts]
@@ -150,13 +185,14 @@ def _pairs(changes: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[
     return [table_of("Differences between models", rows.values(), forms, note)] if rows else []
 
 
-def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Table]:
+def _tasks(
+    metrics_by_model: Mapping[str, Mapping[tuple[str, str], dict[str, Any]]],
+    differences: Sequence[dict[str, Any]],
+    names: dict[str, str],
+) -> list[Table]:
     """One row per task, metric and model, with the difference to the first model."""
-    models = [model for model in content["models"] if model["tasks"] is not None]
-    metrics_by_model = {model["model"]: _metrics(model["tasks"]) for model in models}
     changes = {
-        (change["model"], change["task"], change["metric"]): change
-        for change in content["differences"]
+        (change["model"], change["task"], change["metric"]): change for change in differences
     }
     rows = []
     for key in next(iter(metrics_by_model.values()), ()):
@@ -201,6 +237,33 @@ def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
     return None if value is None else Measured(value, figure["stderr"], form_of(metric))
 
 
+def tasks_table(
+    title: str, figures_by_model: Mapping[str, Mapping[str, Any]], *, best: bool = False
+) -> Table:
+    """One row per model: the accuracy on each task, or all metrics of a task that has none.
+
+    Args:
+        title: Heading of the table.
+        figures_by_model: Name of a row -> task and metric, with a comma between -> figure.
+        best: Whether the rows compete.
+    """
+    rows, forms = [], {}
+    for name, figures in figures_by_model.items():
+        row: dict[str, Any] = {"model": name}
+        for key, figure in figures.items():
+            task, _, metric = key.rpartition(", ")
+            if metric == "acc" or f"{task}, acc" not in figures:
+                column = task if metric == "acc" else key
+                row[column] = figure
+                forms[column] = form_of(metric)
+        rows.append(row)
+    note = "Accuracy unless another metric is named; ± one standard error."
+    winners: dict[str, Best] = {
+        column: "highest" for column, form in forms.items() if best and form == ".2%"
+    }
+    return table_of(title, rows, forms, note, best=winners)
+
+
 def form_of(metric: str) -> str:
     """Format of a metric of lm-eval: shares such as `acc_norm` in percent, others as they are.
 
@@ -209,15 +272,6 @@ def form_of(metric: str) -> str:
     """
     share = metric.partition(" ")[0].partition("_norm")[0] in _SHARES
     return ".2%" if share else ".4g"
-
-
-def plain(value: Any) -> float | None:
-    """A figure without its standard error; None stays None.
-
-    >>> plain(Measured(0.5, 0.01, ".2%")), plain(0.5)
-    (0.5, 0.5)
-    """
-    return value.value if isinstance(value, Measured) else value
 
 
 class Point(NamedTuple):
@@ -243,83 +297,60 @@ def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> 
         dense: Perplexity of the dense model, which becomes a horizontal line; None if it is
             unknown.
     """
-    for title in _SIZES:
-        positions = positions_of(points, title)
-        if len({x for _, x, _ in positions}) > 1:
-            heading = f"Perplexity on {where} against size"
-            return [perplexity_chart(heading, title, positions, dense)]
+    for title in SIZES:
+        chart = line_chart(
+            f"Perplexity on {where} against size", title, "perplexity", points, dense
+        )
+        if _ratio([x for line in chart.series for x in line.x]) > _SAME_SIZE:
+            return [chart]
     return []
 
 
-#: A point with its x and its perplexity.
-Position = tuple[Point, float, float]
-
-
-def positions_of(points: Sequence[Point], title: str) -> list[Position]:
-    """Every point with its x and its perplexity, where both are known.
-
-    Args:
-        points: The results.
-        title: The figure on the x axis.
-    """
-    return [
-        (point, x, y)
-        for point in points
-        if (x := plain(point.figures.get(title))) is not None
-        and (y := plain(point.figures.get("perplexity"))) is not None
-    ]
-
-
-def perplexity_chart(
-    heading: str,
-    title: str,
-    positions: Sequence[Position],
-    dense: float | None,
-    *,
-    log_x: bool = False,
-    round_ticks: bool = True,
+def line_chart(
+    heading: str, x_title: str, y_title: str, points: Sequence[Point], dense: float | None = None
 ) -> Lines:
-    """A chart of perplexity, a line for each series of points.
+    """A chart of one figure against another, with a line for each series of points.
+
+    Axes are logarithmic where the values differ by a large factor.
 
     Args:
         heading: Heading of the chart.
-        title: Title of the x axis.
-        positions: The points, at least one, of `positions_of`.
-        dense: Perplexity of the dense model, a horizontal line; None if it is unknown.
-        log_x: Whether the x axis is logarithmic.
-        round_ticks: Whether the x axis has ticks at round numbers.
+        x_title: The figure on the x axis.
+        y_title: The figure on the y axis; its errors become error bars.
+        points: The results, of which those that lack a figure are left out.
+        dense: The figure of the dense model, a horizontal line; None for none.
     """
-    values = [y for *_, y in positions] + ([dense] if dense is not None else [])
-    names = dict.fromkeys(point.series for point, *_ in positions)
+    lines: dict[str, list[tuple[float, float, str, float]]] = {}
+    for point in points:
+        x, figure = plain(point.figures.get(x_title)), point.figures.get(y_title)
+        if x is None or figure is None:
+            continue
+        y = plain(figure)
+        text = f"{point.name}: {text_of(y, FORMS[y_title])}"
+        # The name of a point says where it is on other axes, such as that of sparsity.
+        text += f" at {text_of(x, FORMS[x_title])}" if x_title in FORMS else ""
+        kl = plain(point.figures.get("KL divergence"))
+        text += "" if kl is None or y_title == "KL divergence" else f", KL {kl:.4f}"
+        error = getattr(figure, "stderr", None) or 0.0
+        lines.setdefault(point.series, []).append((x, y, text, error))
+    series = tuple(
+        Series(name, *zip(*sorted(line, key=lambda place: place[0]), strict=True))
+        for name, line in lines.items()
+    )
+    xs = [x for line in series for x in line.x]
+    ys = [y for line in series for y in line.y] + ([] if dense is None else [dense])
     return Lines(
         heading,
-        title,
-        "perplexity",
-        tuple(_series(name, title, positions) for name in names),
-        level=None if dense is None else ("dense", dense),
-        log_x=log_x,
-        log_y=max(values) / min(values) >= _LOG_FROM,
-        round_ticks=round_ticks,
+        x_title,
+        y_title,
+        series,
+        level=None if dense is None else (DENSE, dense),
+        log_x=_ratio(xs) >= _LOG_X_FROM,
+        log_y=_ratio(ys) >= _LOG_Y_FROM,
+        round_ticks=x_title in FORMS,
     )
 
 
-def _series(name: str, title: str, positions: Sequence[Position]) -> Series:
-    """The points of one line, from left to right. `title` is the column on the x axis."""
-    line_positions = sorted(
-        (position for position in positions if position[0].series == name),
-        key=lambda position: position[1],
-    )
-    hover = []
-    for point, x, y in line_positions:
-        text = f"{point.name}: {text_of(y, FORMS['perplexity'])}"
-        # The name of a point says where it is on other axes, such as that of sparsity.
-        if title in FORMS:
-            text += f" at {text_of(x, FORMS[title])}"
-        kl = plain(point.figures.get("KL divergence"))
-        hover.append(text if kl is None else f"{text}, KL {kl:.4f}")
-    return Series(
-        name,
-        tuple(x for _, x, _ in line_positions),
-        tuple(y for *_, y in line_positions),
-        tuple(hover),
-    )
+def _ratio(values: Sequence[float]) -> float:
+    """The largest value over the smallest; 1 where a logarithm would need positive values."""
+    return max(values) / min(values) if values and min(values) > 0 else 1.0

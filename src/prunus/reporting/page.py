@@ -48,12 +48,7 @@ def to_html(document: Document) -> str:
 
     The plotting library is in the page only if the document has charts. It takes 0.7 MB there.
     """
-    has_charts = any(
-        isinstance(part, Lines)
-        for section in document.sections
-        for part in (*section.parts, *section.details)
-    )
-    library = _asset(_LIBRARY) if has_charts else b""
+    library = _asset(_LIBRARY) if document.charts() else b""
     page_script = _asset("page.js")
     # No browser runs the compressed library before page.js has expanded it.
     text = base64.b64encode(library).decode()
@@ -146,6 +141,7 @@ def figure_json(chart: Lines) -> str:
             "mode": "lines+markers",
             "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 8},
             "line": {"dash": _DASHES[position % len(_DASHES)], "width": 2},
+            "error_y": {"type": "data", "array": list(series.error), "visible": any(series.error)},
             "hovertext": [escape(text) for text in series.hover],
             "hoverinfo": "text",
             "meta": {"colour": position},

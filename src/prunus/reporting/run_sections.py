@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any, Literal
 
 from prunus.engine.document import (
     Column,
@@ -13,10 +14,12 @@ from prunus.engine.document import (
     Series,
     Table,
     items_of,
+    plain_rows,
+    short_names,
     table_of,
     text_of,
 )
-from prunus.engine.linear_record import LinearsRecord, mean_error
+from prunus.engine.linear_record import LinearsRecord, linear_kind, mean_error
 from prunus.engine.run_record import BlockwiseRecord, bos_words, source_name
 from prunus.formats.compression_record import CompressionRecord
 from prunus.hardware.sizes import counted, in_bytes
@@ -34,31 +37,111 @@ _DEFINITIONS = {
 }
 
 
-def run_section(manifest: LinearsRecord) -> Section:
-    """The section of one run of `prune` or `compress`, finished or not, from its record."""
+def run_section(manifest: LinearsRecord, compared: bool = False) -> Section:
+    """The section of one run of `prune` or `compress`, finished or not, from its record.
+
+    Args:
+        manifest: The record.
+        compared: Whether `runs_section` shows the error of its blocks, beside those of other runs.
+    """
     totals = manifest.all_totals()
     error, mean = mean_error(totals)
     mean_words = "not measured" if mean is None else f"{mean:.3%}"
     facts = [*_sizes(manifest, totals), (f"mean {error}", mean_words)]
-    # The mean error of each block, where it was measured.
-    errors: dict[int, float] = {}
-    for number, block in enumerate(manifest.blocks):
-        if of_block := [x.error for x in block.linears.values() if x.error is not None]:
-            errors[number] = sum(of_block) / len(of_block)
-    by_block = lines_over_blocks(f"Mean {error} by block", error, {error: errors}, ".3%")
-    work = manifest.what
-    if isinstance(manifest, CompressionRecord):
-        work += " per weight" if manifest.recipe.bits else ""
-    elif isinstance(manifest, Manifest):
+    charts = [] if compared else _error_charts({error: manifest})
+    if manifest.allocation:
+        title = "Sparsity of the linears by block"
+        sparsities = _by_block(manifest, linear_kind, "sparsity")
+        charts.append(lines_over_blocks(title, "sparsity", sparsities, ".2%"))
+    linears = _by_linear(manifest, error)
+    recipe = manifest.recipe.model_dump()
+    known: dict[str, Any] = {"model": source_name(manifest), "method": manifest.what}
+    known |= {name: recipe.get(name) for name in ("pattern", "sparsity", "seed")}
+    return Section(
+        f"{source_name(manifest)}: {_work(manifest)}",
+        "" if mean is None else _DEFINITIONS[error],
+        (headline(manifest, totals, facts), *charts, manifest.table()),
+        (*circumstances(manifest), linears),
+        plain_rows(
+            known | dict(zip((column.title for column in linears.columns), row, strict=True))
+            for row in linears.rows
+        ),
+    )
+
+
+def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
+    """Several runs beside each other: the error of their blocks, a line for each run.
+
+    A line has the shortest name that tells the runs apart: the method, what was done, the model as
+    well, or the folder.
+
+    Args:
+        records: Folder of a run -> its record.
+    """
+    runs = records.values()
+    namings = (
+        [record.what for record in runs],
+        [_work(record) for record in runs],
+        [f"{source_name(record)}: {_work(record)}" for record in runs],
+        [*short_names(records).values()],
+    )
+    names = next(naming for naming in namings if len({*naming}) == len(records))
+    named = dict(zip(names, runs, strict=True))
+    rows = []
+    for name, record in named.items():
+        totals = record.all_totals()
+        error, mean = mean_error(totals)
+        row = {"run": name, "sparsity reached": totals["sparsity"], "bits": totals.get("bits")}
+        rows.append(row | {error: mean, "seconds": totals["seconds"]})
+    forms = {"sparsity reached": ".2%", "bits": ".3f", "seconds": ".1f"}
+    forms |= dict.fromkeys(_DEFINITIONS, ".3%")
+    table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
+    title = "Runs beside each other"
+    return Section(title, parts=(table, *_error_charts(named)))
+
+
+def _work(manifest: LinearsRecord) -> str:
+    """What a run did, in words."""
+    if isinstance(manifest, Manifest):
         recipe = manifest.recipe
         shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
-        work += f", {shape}"
-    return Section(
-        f"{source_name(manifest)}: {work}",
-        "" if mean is None else _DEFINITIONS[error],
-        (headline(manifest, totals, facts), *([by_block] if errors else []), manifest.table()),
-        (*circumstances(manifest), _by_linear(manifest, error)),
-    )
+        return f"{manifest.what}, {shape}"
+    by_bits = isinstance(manifest, CompressionRecord) and manifest.recipe.bits
+    return f"{manifest.what} per weight" if by_bits else manifest.what
+
+
+def _error_charts(records: Mapping[str, LinearsRecord]) -> list[Lines]:
+    """The mean error of each block, where it was measured: a chart for each kind of error."""
+    charts: dict[str, dict[str, dict[int, float]]] = {}
+    for name, record in records.items():
+        error, _ = mean_error(record.all_totals())
+        for of_run in _by_block(record, lambda linear: "", "error").values():
+            charts.setdefault(error, {})[name] = of_run
+    return [
+        lines_over_blocks(f"Mean {error} by block", error, lines, ".3%")
+        for error, lines in charts.items()
+    ]
+
+
+def _by_block(
+    record: LinearsRecord, line_of: Callable[[str], str], figure: Literal["error", "sparsity"]
+) -> dict[str, dict[int, float]]:
+    """Name of a line -> number of a block -> mean of a figure over the linears that have it.
+
+    Args:
+        record: The record of the run.
+        line_of: Name of a linear -> the line that it belongs to.
+        figure: An attribute of `LinearRecord`.
+    """
+    lines: dict[str, dict[int, list[float]]] = {}
+    for number, block in enumerate(record.blocks):
+        for name, linear in block.linears.items():
+            if (value := getattr(linear, figure)) is not None:
+                lines.setdefault(line_of(name), {}).setdefault(number, []).append(value)
+    return {
+        line: {number: fmean(figures) for number, figures in blocks.items()}
+        for line, blocks in lines.items()
+    }
 
 
 def circumstances(record: BlockwiseRecord) -> list[Facts]:
@@ -97,6 +180,7 @@ def lines_over_blocks(
             tuple(values),
             tuple(scale * y for y in values.values()),
             tuple(f"{name}, block {number}: {text_of(y, form)}" for number, y in values.items()),
+            (0.0,) * len(values),
         )
         for name, values in lines.items()
     )
@@ -151,7 +235,7 @@ def _by_linear(manifest: LinearsRecord, error: str) -> Table:
             "linear": f"{block.name}.{name}",
             "out × in": " × ".join(map(str, x.shape)),
             "zeros": x.zeros,
-            "sparsity": x.sparsity,
+            "sparsity reached": x.sparsity,
             "bits": x.bits,
             error: x.error,
             "seconds": x.seconds,
@@ -160,7 +244,7 @@ def _by_linear(manifest: LinearsRecord, error: str) -> Table:
         for number, block in enumerate(manifest.blocks)
         for name, x in block.linears.items()
     ]
-    forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
+    forms = {"block": "d", "zeros": ",d", "sparsity reached": ".2%", "bits": ".3f", error: ".3%"}
     return table_of(f"All {counted(len(rows), 'linear')}", rows, forms | {"seconds": ".3f"})
 
 
@@ -181,6 +265,7 @@ def structure_section(record: StructureRecord) -> Section:
         f"{source_name(record)}, made smaller",
         parts=(headline(record, totals, items), structure_table(record), *_repairs(record)),
         details=tuple(circumstances(record)),
+        data=plain_rows([{"model": source_name(record)} | totals]),
     )
 
 

@@ -7,30 +7,35 @@ sparsity, number of windows and tokens per window that varies among the cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 from prunus.engine.document import (
     Column,
     DocumentPart,
     Facts,
     Lines,
+    Measured,
     Section,
     Table,
     items_of,
+    plain,
+    plain_rows,
     short_names,
-    table_of,
 )
-from prunus.evaluation.eval_records import FORMS
+from prunus.evaluation.eval_records import BEST, FORMS
+from prunus.hardware.sizes import counted
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
+    SIZES,
     Point,
     form_of,
-    perplexity_chart,
-    plain,
-    positions_of,
+    line_chart,
     quality_charts,
+    tasks_table,
 )
-from prunus.sweeping.results import CellResult, SweepResults
+from prunus.sweeping.results import DENSE, CellResult, SweepResults, SweptModel
 
 # State of a cell -> what a run of the sweep would do with it.
 _WHAT_WOULD_HAPPEN = {
@@ -39,14 +44,49 @@ _WHAT_WOULD_HAPPEN = {
     "failed": "failed, would run again",
     "done": "done",
 }
-#: Title -> value in a recipe, for the columns of a table. They are the chart's x axis as well.
-_AXES: dict[str, Callable[[Recipe], Any]] = {
-    "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
-    "calibration windows": lambda recipe: recipe.samples,
-    "tokens per window": lambda recipe: recipe.seqlen,
-}
-#: Fields of a recipe that are never part of a row's name: the axes and the method name them.
-_NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
+
+
+class _Axis(NamedTuple):
+    """What varies among the cells: a column of the tables, and the x axis of the charts.
+
+    Attributes:
+        name: Its name.
+        title: Title of the x axis.
+        fields: The options that decide it, which the names of rows leave out.
+        value: What a recipe has on it: a number, or a pattern, which has no place on the x axis.
+        words: A value as the title of a column.
+    """
+
+    name: str
+    title: str
+    fields: tuple[str, ...]
+    value: Callable[[Recipe], float | str]
+    words: Callable[[Any], str]
+
+
+_AXES = (
+    _Axis(
+        "sparsity",
+        "sparsity (%)",
+        ("sparsity", "pattern"),
+        lambda recipe: recipe.pattern if recipe.n_of_m else round(100 * recipe.sparsity, 6),
+        lambda top: top if isinstance(top, str) else f"{top:g}%",
+    ),
+    _Axis(
+        "calibration windows",
+        "calibration windows",
+        ("samples",),
+        lambda recipe: recipe.samples,
+        lambda top: counted(top, "window"),
+    ),
+    _Axis(
+        "tokens per window",
+        "tokens per window",
+        ("seqlen",),
+        lambda recipe: recipe.seqlen,
+        lambda top: counted(top, "token"),
+    ),
+)
 # Figure -> the note below its table.
 _NOTES = {
     "perplexity": "Lower is better.",
@@ -64,28 +104,29 @@ def sweep_section(results: SweepResults) -> Section:
     Args:
         results: What the sweep has measured so far.
     """
-    parts: list[Any] = [_headline(results)]
-    details: list[Any] = [results.table()]
+    shown: list[DocumentPart] = [_headline(results)]
+    folded: list[DocumentPart] = [results.table()]
     texts = short_names(results.scoring["texts"])
-    for label in results.models:
-        for text, where in texts.items():
-            rows = {name: scored.figures(text) for name, _, scored in results.every_model()}
-            model_cells = [cell for cell in results.cells if cell.model == label]
-            shown, folded = _quality_parts(
-                f"{where}, {label}" if len(results.models) > 1 else where,
-                {cell.name: (cell, rows[cell.name]) for cell in model_cells},
-                rows[f"{label}-dense"],
-            )
-            parts += shown
-            details += folded
+    comparison = _Comparison(results)
+    for text, where in texts.items():
+        on_text = partial(SweptModel.figures, text=text)
+        for figure, note in _NOTES.items():
+            title = f"{figure[:1].upper()}{figure[1:]} on {where}"
+            tables = comparison.table(title, on_text, figure, note)
+            (folded if figure == "residual gap" else shown).extend(tables)
+        shown += comparison.charts(text, where)
     if results.scoring.get("tasks"):
-        parts.append(_tasks(results))
+        on_tasks = {name: model.task_figures() for name, _, model in results.every_model()}
+        shown.append(tasks_table("Tasks", on_tasks))
+        for figure in dict.fromkeys(figure for figures in on_tasks.values() for figure in figures):
+            folded += comparison.table(figure, SweptModel.task_figures, figure)
     failed = tuple((name, x.error) for name, _, x in results.every_model() if x.error)
     if failed:
-        parts.append(Table("What failed", (Column("model"), Column("reason")), failed))
-    details += _circumstances(results, texts)
+        shown.append(Table("What failed", (Column("model"), Column("reason")), failed))
+    folded += _circumstances(results, texts)
     lead = " ".join(results.description.split())
-    return Section(results.title, lead, tuple(parts), tuple(details))
+    data = plain_rows(results.rows())
+    return Section(results.title, lead, tuple(shown), tuple(folded), data)
 
 
 def check_section(results: SweepResults) -> Section:
@@ -116,22 +157,6 @@ def _headline(results: SweepResults) -> Facts:
             items[name] = f"{score.perplexity:.3f}"
     items["pruning in all"] = f"{seconds / 60:.1f} min"
     return Facts("Headline", tuple(items.items()), headline=True)
-
-
-def _tasks(results: SweepResults) -> Table:
-    """Accuracy of each task, or all its metrics if it has no accuracy."""
-    rows, forms = [], {}
-    for name, _, scored in results.every_model():
-        row: dict[str, Any] = {"model": name}
-        for title, figure in scored.task_figures().items():
-            task, _, metric = title.rpartition(", ")
-            if metric == "acc" or "acc" not in scored.tasks[task]:
-                column = task if metric == "acc" else title
-                row[column] = figure
-                forms[column] = form_of(metric)
-        rows.append(row)
-    note = "Accuracy unless another metric is named; ± one standard error."
-    return table_of("Tasks", rows, forms, note)
 
 
 def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Facts]:
@@ -167,123 +192,112 @@ def _calibrations(results: SweepResults) -> dict[str, str]:
     }
 
 
-def _quality_parts(
-    where: str, cells: Mapping[str, tuple[CellResult, Mapping[str, Any]]], dense: Mapping[str, Any]
-) -> tuple[list[DocumentPart], list[DocumentPart]]:
-    """What the report shows of a model and a text at once, and what it folds away.
+class _Comparison:
+    """The cells of a sweep as rows of methods, and columns of models and what varies."""
 
-    Args:
-        where: Name of the text, and of the model if there are several.
-        cells: Name of a cell -> the cell, and its figures on the text.
-        dense: The figures of the dense model.
-    """
-    recipes = [cell.recipe for cell, _ in cells.values()]
-    axis = next((name for name, f in _AXES.items() if len(set(map(f, recipes))) > 1), "sparsity")
-    value_of = _AXES[axis]
-    tops = list(dict.fromkeys(map(value_of, recipes)))
-    row_names = _row_names([cell for cell, _ in cells.values()], axis)
-    # Row and column -> the figures of each seed.
-    figures_by_seed: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
-    for name, (cell, figures) in cells.items():
-        key = (row_names[name], value_of(cell.recipe))
-        figures_by_seed.setdefault(key, []).append(figures)
-    means = {
-        key: {figure: _mean(figure, rows) for figure in FORMS}
-        for key, rows in figures_by_seed.items()
-    }
-    seeds = len({recipe.seed for recipe in recipes})
+    def __init__(self, results: SweepResults) -> None:
+        self.models = results.models
+        recipes = [cell.recipe for cell in results.cells]
+        self.axis = next((x for x in _AXES if len(set(map(x.value, recipes))) > 1), _AXES[0])
+        # Name of a row, model and value on the axis -> the cells, which differ in the seed alone.
+        self.cells: dict[tuple[str, str, float | str], list[CellResult]] = {}
+        names = _row_names(results.cells, self.axis)
+        for name, cell in zip(names, results.cells, strict=True):
+            key = (name, cell.model, self.axis.value(cell.recipe))
+            self.cells.setdefault(key, []).append(cell)
+        self.seeds = max(map(len, self.cells.values()), default=1)
 
-    def table(figure: str) -> Table:
+    def means(
+        self, figures_of: Callable[[SweptModel], Mapping[str, Any]], figure: str
+    ) -> dict[tuple[str, str, Any], Any]:
+        """Row, model and value on the axis -> mean and standard deviation over the seeds.
+
+        In a sweep with one seed, a figure stays as it is, without the error that its source has. It
+        is left out where a cell lacks it: all means of a row are over the same seeds.
+        """
+        means: dict[tuple[str, str, Any], Any] = {}
+        for key, cells in self.cells.items():
+            measured = [plain(figures_of(cell).get(figure)) for cell in cells]
+            values = [value for value in measured if value is not None]
+            if len(values) == len(cells):
+                deviation = stdev(values) if len(values) > 1 else None
+                seeds = None if len(values) == self.seeds else len(values)
+                mean = Measured(fmean(values), deviation, seeds=seeds)
+                means[key] = mean if self.seeds > 1 else values[0]
+        return means
+
+    def table(
+        self,
+        title: str,
+        figures_of: Callable[[SweptModel], Mapping[str, Any]],
+        figure: str,
+        note: str = "",
+    ) -> list[Table]:
+        """A row for each method, and one for the dense models; empty where nothing was measured."""
+        means = self.means(figures_of, figure)
+        form = FORMS.get(figure) or form_of(figure.rpartition(", ")[2])
+        best = BEST.get(figure) or ("highest" if form == ".2%" else None)
+        tops = dict.fromkeys((label, top) for _, label, top in self.cells)
+        columns = [Column("method")]
+        for label, top in tops:
+            words = [label] * (len(self.models) > 1)
+            words += [self.axis.words(top)] * (len({top for _, top in tops}) > 1 or not words)
+            columns.append(Column(", ".join(words), form, best))
         rows = [
-            (name, *(means.get((name, top), {}).get(figure) for top in tops))
-            for name in dict.fromkeys(name for name, _ in means)
+            (name, *(means.get((name, *top)) for top in tops))
+            for name in dict.fromkeys(name for name, *_ in self.cells)
         ]
-        if figure == "perplexity":
-            rows.insert(0, ("dense", *([dense.get(figure)] * len(tops))))
-        note = (f"Means over {seeds} seeds. " if seeds > 1 else "") + _NOTES[figure]
-        columns = (Column("method"), *(Column(_title(axis, top), FORMS[figure]) for top in tops))
-        title = f"{figure[:1].upper()}{figure[1:]} on {where}"
-        return Table(title, columns, tuple(rows), note)
+        dense = [plain(figures_of(self.models[label]).get(figure)) for label, _ in tops]
+        rows = [(DENSE, *dense)] * any(value is not None for value in dense) + rows
+        if not any(value is not None for _, *values in rows for value in values):
+            return []
+        over = f"Mean ± standard deviation over {self.seeds} seeds. " if self.seeds > 1 else ""
+        return [Table(title, tuple(columns), tuple(rows), over + note)]
 
-    other_figures = [
-        figure
-        for figure in ("KL divergence", "residual gap")
-        if any(figures.get(figure) is not None for _, figures in cells.values())
-    ]
-    points = [Point("dense", "dense", dense)]
-    for (name, top), mean_figures in means.items():
-        at = {_axis_title(axis): _number(top)}
-        points.append(Point(name, f"{name}, {_title(axis, top)}", mean_figures | at))
-    level = dense.get("perplexity")
-    shown: list[DocumentPart] = [table("perplexity"), *(table(x) for x in other_figures[:1])]
-    shown += quality_charts(where, points, level)
-    shown += _axis_chart(where, axis, [_number(top) for top in tops], points, level)
-    return shown, [table(figure) for figure in other_figures[1:]]
+    def charts(self, text: str, where: str) -> list[Lines]:
+        """For each model: perplexity against size, and quality against what varies.
 
-
-def _axis_chart(
-    where: str,
-    axis: str,
-    numbers: Sequence[float | None],
-    points: Sequence[Point],
-    level: float | None,
-) -> list[Lines]:
-    """Perplexity over at least three numbers; patterns and fewer numbers are in the table alone."""
-    xs = [number for number in numbers if number is not None]
-    title = _axis_title(axis)
-    positions = positions_of(points, title)
-    if len(xs) < max(3, len(numbers)) or not positions:
-        return []
-    heading = f"Perplexity on {where} by {axis}"
-    log_x = min(xs) > 0 and max(xs) / min(xs) >= 16
-    return [perplexity_chart(heading, title, positions, level, log_x=log_x, round_ticks=False)]
+        A chart over the axis needs two numbers on it; patterns are in the table alone.
+        """
+        figures = ("perplexity", "KL divergence", *SIZES)
+        on_text = partial(SweptModel.figures, text=text)
+        means = {figure: self.means(on_text, figure) for figure in figures}
+        charts = []
+        for label, model in self.models.items():
+            place = f"{where}, {label}" if len(self.models) > 1 else where
+            dense = model.figures(text)
+            points = [Point(DENSE, DENSE, dense)]
+            for name, of, top in self.cells:
+                if of == label:
+                    at = {figure: means[figure].get((name, of, top)) for figure in figures}
+                    at |= {} if isinstance(top, str) else {self.axis.title: top}
+                    points.append(Point(name, f"{name}, {self.axis.words(top)}", at))
+            charts += quality_charts(place, points, dense.get("perplexity"))
+            for figure, level in (("perplexity", dense.get("perplexity")), ("KL divergence", None)):
+                title = f"{figure[:1].upper()}{figure[1:]} on {place} by {self.axis.name}"
+                chart = line_chart(title, self.axis.title, figure, points, level)
+                if len({x for line in chart.series for x in line.x}) > 1:
+                    charts.append(chart)
+        return charts
 
 
-def _row_names(cells: Sequence[CellResult], axis: str) -> dict[str, str]:
-    """Cell -> name of its row: the method, and the options that vary among the method's cells."""
-    names = {}
-    hidden = _NOT_IN_ROWS | {
-        "calibration windows": {"samples"},
-        "tokens per window": {"seqlen"},
-    }.get(axis, set())
-    recipes = [cell.recipe for cell in cells]
+def _row_names(cells: Sequence[CellResult], axis: _Axis) -> list[str]:
+    """For each cell the method, and the options that vary among the cells of the method."""
+    recipes: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        equal = [other.model_dump() for other in recipes if other.method == cell.recipe.method]
-        parts: list[str] = [cell.recipe.method]
-        for key, value in cell.recipe.model_dump().items():
-            if key not in hidden and any(other[key] != value for other in equal):
-                parts.append(f"{key.replace('_', ' ')} {value}")
-        if axis != "sparsity" and any(_shape(other) != _shape(cell.recipe) for other in recipes):
-            parts.append(_shape(cell.recipe))
-        if cell.recovery is not None:
-            parts.append(f"recovered by {cell.recovery}")
-        names[cell.name] = ", ".join(parts)
+        recipes.setdefault(cell.recipe.method, []).append(cell.recipe.model_dump())
+    varying = {
+        method: [key for key in same[0] if any(other[key] != same[0][key] for other in same)]
+        for method, same in recipes.items()
+    }
+    names = []
+    for cell in cells:
+        values = cell.recipe.model_dump(exclude={*axis.fields, "seed"})
+        parts = [
+            f"{key.replace('_', ' ')} {values[key]}"
+            for key in varying[cell.recipe.method]
+            if key in values
+        ]
+        parts += [f"recovered by {cell.recovery}"] if cell.recovery is not None else []
+        names.append(", ".join([cell.recipe.method, *parts]))
     return names
-
-
-def _shape(recipe: Recipe) -> str:
-    return recipe.pattern if recipe.n_of_m else f"{100 * recipe.sparsity:g}%"
-
-
-def _title(axis: str, top: Any) -> str:
-    if axis == "sparsity":
-        return str(top)
-    unit = "window" if "windows" in axis else "token"
-    return f"{top:,} {unit}{'' if top == 1 else 's'}"
-
-
-def _axis_title(axis: str) -> str:
-    return f"{axis} (%)" if axis == "sparsity" else axis
-
-
-def _number(top: Any) -> float | None:
-    """Where a column of the table is on the x axis of the chart; None for an N:M pattern."""
-    if isinstance(top, str) and not top.endswith("%"):
-        return None
-    return float(str(top).removesuffix("%"))
-
-
-def _mean(figure: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean over seeds, or None if a value is missing: all means are over the same seeds."""
-    values = [value for row in rows if (value := plain(row.get(figure))) is not None]
-    return sum(values) / len(values) if values and len(values) == len(rows) else None

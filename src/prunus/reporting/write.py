@@ -1,25 +1,38 @@
-"""Read runs, sweeps and evaluations as one report, and write it as a page."""
+"""Read runs, sweeps and evaluations as one report, and write it as the ending of a file says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from prunus.engine.document import Document, Section
+from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import BlockwiseRecord
 from prunus.formats.compression_record import CompressionRecord
-from prunus.model.checkpoint.files import check_place, read_json, write_text
+from prunus.model.checkpoint.files import check_place, read_json, replacing
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import evaluation_section
+from prunus.reporting.figure import to_figure
 from prunus.reporting.page import document_json, to_html, to_markdown
-from prunus.reporting.run_sections import run_section, structure_section
+from prunus.reporting.paper import to_csv, to_latex
+from prunus.reporting.run_sections import run_section, runs_section, structure_section
 from prunus.reporting.sweep_section import sweep_section
 from prunus.structure.structure_record import StructureRecord
-from prunus.sweeping.results import RESULTS_NAME, SweepResults
+from prunus.sweeping.results import SweepResults
+
+#: Ending of a file -> what writes a document so.
+_WRITERS: dict[str, Callable[[Document], Any]] = {
+    ".html": to_html,
+    ".md": to_markdown,
+    ".csv": to_csv,
+    ".tex": to_latex,
+    **{f".{kind}": partial(to_figure, kind) for kind in ("svg", "png", "pdf")},
+}
 
 
 def report(
@@ -35,33 +48,47 @@ def report(
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
             `prunus eval --json`; one or several.
-        output: Where to write the report: a page (.html) or Markdown (.md). None writes nothing.
+        output: Where to write the report: a page (.html), Markdown (.md), a table of all figures
+            (.csv), tables for a paper (.tex), or its charts as a figure (.svg, .png, .pdf). None
+            writes nothing.
         title: Title of the report; default is that of its first section.
 
     Returns:
         The report. A notebook shows it as tables.
 
     Raises:
-        ValueError, FileNotFoundError: A path holds something else or is damaged, or the name of
-            `output` has another ending.
+        ValueError, FileNotFoundError: A path holds something else or is damaged, the name of
+            `output` has another ending, or there is nothing to plot.
+        ModuleNotFoundError: A figure needs matplotlib, which is not installed.
     """
     input_paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not input_paths:
         raise ValueError("give the folder of a run or a sweep, or the file of prunus eval --json")
-    page = None if output is None else Path(output)
-    if page is not None and page.suffix not in (".html", ".md"):
-        raise ValueError(f"output {page}: the name must end in .html or .md")
-    if page is not None:
-        check_place(page)
-    results = [(path, _read_result(path)) for path in input_paths]
+    file = None if output is None else Path(output)
+    if file is not None:
+        if file.suffix not in _WRITERS:
+            *others, last = _WRITERS
+            raise ValueError(f"output {file}: the name must end in {', '.join(others)} or {last}")
+        check_place(file)
     # Stable: both keep the order in which they were given.
-    results.sort(key=lambda result: isinstance(result[1], BlockwiseRecord))
-    sections = [_section(path, result) for path, result in results]
+    results = sorted(((path, _read_result(path)) for path in input_paths), key=_is_run)
+    runs = {str(path): run for path, run in results if isinstance(run, LinearsRecord)}
+    sections = [_section(path, result, len(runs) > 1) for path, result in results]
+    if len(runs) > 1:
+        sections.insert(len(results) - sum(map(_is_run, results)), runs_section(runs))
     document = Document(title or sections[0].title, tuple(sections))
-    if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(page, (to_html if page.suffix == ".html" else to_markdown)(document))
+    if file is not None:
+        content = _WRITERS[file.suffix](document)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as written:
+            # The name of a file that is not UTF-8 holds surrogates, which cannot be encoded.
+            is_text = isinstance(content, str)
+            written.write(content.encode("utf-8", "backslashreplace") if is_text else content)
     return document
+
+
+def _is_run(result: tuple[Path, Any]) -> bool:
+    return isinstance(result[1], BlockwiseRecord)
 
 
 def _read_result(path: Path) -> Any:
@@ -77,31 +104,27 @@ def _read_result(path: Path) -> Any:
         return record
     if not path.is_dir():
         return read_json(path)
-    if (path / RESULTS_NAME).exists():
-        return SweepResults.load(path)
-    for kind in (CompressionRecord, Manifest, StructureRecord):
+    for kind in (SweepResults, CompressionRecord, Manifest, StructureRecord):
         if (path / kind.FILE).exists():
             return kind.load(path)
     raise ValueError(
         f"{path} holds neither {Manifest.FILE} (of a run), {StructureRecord.FILE} (of a smaller "
-        f"model) nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, compress, "
-        "shrink or sweep"
+        f"model) nor {SweepResults.FILE} (of a sweep): give the OUT folder of prunus prune, "
+        "compress, shrink or sweep"
     )
 
 
-def _section(path: Path, result: Any) -> Section:
-    if isinstance(result, SweepResults):
-        return _checked(path / RESULTS_NAME, lambda: sweep_section(result))
-    if isinstance(result, BlockwiseRecord):
-        section: Any = structure_section if isinstance(result, StructureRecord) else run_section
-        return _checked(path / result.FILE, lambda: section(result))
-    return _checked(path, lambda: evaluation_section(result), "prunus eval")
-
-
-def _checked(path: Path, make_section: Callable[[], Section], command: str = "") -> Section:
+def _section(path: Path, result: Any, compared: bool) -> Section:
     """A section whose figures can all be shown; errors name the file and the command."""
+    makers: dict[type, Callable[[Any], Section]] = {
+        SweepResults: sweep_section,
+        StructureRecord: structure_section,
+        LinearsRecord: partial(run_section, compared=compared),
+    }
+    make = next((maker for kind, maker in makers.items() if isinstance(result, kind)), None)
+    file = path / result.FILE if make else path
     try:
-        section = make_section()
+        section = (make or evaluation_section)(result)
         to_markdown(Document(section.title, (section,)))
         document_json(Document(section.title, (section,)))
         return section
@@ -113,7 +136,7 @@ def _checked(path: Path, make_section: Callable[[], Section], command: str = "")
         AttributeError,
         RecursionError,
     ):
-        other = f", or not the JSON of {command}" if command else ""
-        raise ValueError(f"{path} is damaged or of another version{other}") from None
+        other = "" if make else ", or not the JSON of prunus eval"
+        raise ValueError(f"{file} is damaged or of another version{other}") from None
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None

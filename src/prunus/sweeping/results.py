@@ -8,19 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from prunus.engine.document import Measured, Table, table_of
-from prunus.engine.linear_record import mean_error
+from prunus.engine.document import Measured, Table, plain_rows, short_names, table_of
 from prunus.engine.run_record import RecordPart, read_record
 from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
+from prunus.hardware.errors import require_library
 from prunus.model.checkpoint.files import write_json
 from prunus.pruning.recipe import Recipe
 
-#: The file of the records in the folder of a sweep.
-RESULTS_NAME = "results.json"
 # Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
 _MIN_WANDA_LOSS = 0.01
 # Recipe options that must be equal in two cells whose methods are compared. All others belong to
@@ -28,6 +26,10 @@ _MIN_WANDA_LOSS = 0.01
 _CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 
 
+#: The name of a dense model among the methods.
+DENSE = "dense"
+#: The options that every row of results names; other options are there if they vary.
+_ALWAYS = ("method", "pattern", "sparsity", "seed")
 #: How far the work on a model is.
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -67,16 +69,15 @@ class SweptModel(RecordPart):
         return (score.figures() if score else {}) | gap | (self.size.figures() if self.size else {})
 
     def totals(self) -> dict[str, Any]:
-        """Title -> value: the zeros, the error of the linears in words, the seconds of the work.
+        """Title -> value: the zeros, the errors of the linears, the seconds of the work.
 
         A value is None where the model has none.
         """
         pruning, recovered = self.pruning or {}, self.recovered or {}
-        name, error = mean_error(pruning) if pruning else ("", None)
-        mark = " (E)" if name == "removed energy" else ""
         return {
             "zeros": pruning.get("sparsity", recovered.get("sparsity")),
-            "error": None if error is None else f"{error:.2%}{mark}",
+            "relative output error": pruning.get("mean_relative_output_error"),
+            "removed energy": pruning.get("mean_removed_energy"),
             "pruning seconds": pruning.get("block_seconds"),
             "recovery seconds": recovered.get("seconds"),
         }
@@ -139,6 +140,9 @@ class SweepResults(RecordPart):
         cells: All cells, in the order of the sweep file.
     """
 
+    #: The file of the record in the folder of a sweep.
+    FILE: ClassVar[str] = "results.json"
+
     format: Literal[4] = 4
     file: str
     title: str
@@ -154,7 +158,7 @@ class SweepResults(RecordPart):
         """Write `results.json` atomically, with the current residual gaps."""
         for cell in self.cells:
             cell.residual_gap = residual_gaps(self, cell)
-        write_json(folder / RESULTS_NAME, self.model_dump(mode="json"))
+        write_json(folder / self.FILE, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, folder: Path) -> SweepResults:
@@ -164,10 +168,10 @@ class SweepResults(RecordPart):
             FileNotFoundError: The folder has no results.
             ValueError: The file is damaged, or another version of prunus wrote it.
         """
-        path = folder / RESULTS_NAME
+        path = folder / cls.FILE
         if not path.exists():
             raise FileNotFoundError(
-                f"{folder} has no {RESULTS_NAME}: it is not the output of prunus sweep"
+                f"{folder} has no {cls.FILE}: it is not the output of prunus sweep"
             )
         return read_record(path, cls)
 
@@ -178,33 +182,64 @@ class SweepResults(RecordPart):
         for cell in self.cells:
             yield cell.name, cell.model, cell
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per dense model and per cell: what it is, then every figure by its title.
+
+        What it is: the cell, the model, the method, its pattern, sparsity and seed, the options
+        that vary among the cells, and the recovery.
+        """
+        recipes = [cell.recipe.model_dump() for cell in self.cells]
+        varying = [key for key in Recipe.model_fields if len({repr(x[key]) for x in recipes}) > 1]
+        texts = short_names(self.scoring["texts"])
+        rows = []
+        for name, label, model in self.every_model():
+            row: dict[str, Any] = {"cell": name, "model": label}
+            row |= dict.fromkeys((*_ALWAYS, *varying, "recovery")) | {"method": DENSE}
+            if isinstance(model, CellResult):
+                recipe = model.recipe.model_dump()
+                row |= {key: recipe[key] for key in (*_ALWAYS, *varying)}
+                row["recovery"] = model.recovery
+            size = model.size.figures() if model.size else {}
+            for text, short in texts.items():
+                figures = model.figures(text)
+                row |= {
+                    f"{title}, {short}": figures[title] for title in figures if title not in size
+                }
+            state = {"state": model.state, "reason": model.error}
+            rows.append(row | size | model.task_figures() | model.totals() | state)
+        return rows
+
+    def frame(self) -> Any:
+        """The results as a DataFrame of pandas: the rows and columns of the CSV file of a report.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        require_library("pandas", "frame()", "plot")
+        from pandas import DataFrame
+
+        return DataFrame(list(plain_rows(self.rows())))
+
     def table(self) -> Table:
-        """One row per dense model and per cell."""
-        forms = FORMS | {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
-        rows = [
-            {"model": name} | self._row(model, forms) | {"reason": model.error}
-            for name, _, model in self.every_model()
+        """One row per dense model and per cell, which its name describes."""
+        rows = self.rows()
+        texts = short_names(self.scoring["texts"]).values()
+        forms = {key: ".4g" for row in rows for key, x in row.items() if isinstance(x, Measured)}
+        forms |= FORMS | {f"{key}, {text}": form for text in texts for key, form in FORMS.items()}
+        forms |= dict.fromkeys(("zeros", "relative output error", "removed energy"), ".2%")
+        forms |= dict.fromkeys(("pruning seconds", "recovery seconds"), ",.1f")
+        named = {"cell", "model", "recovery", *Recipe.model_fields}
+        figures = [
+            {"model": row["cell"]} | {key: x for key, x in row.items() if key not in named}
+            for row in rows
         ]
         note = (
-            "Error: mean relative output error, or mean removed energy (E), which assumes "
-            "uncorrelated inputs.\nKL divergence: from the dense model, in nats per token; ± one "
-            "standard error over windows.\nFile: with the bits per weight of the linears in the "
-            "blocks; zeros take as much room as all other weights."
+            "Errors are means over linears. The removed energy assumes uncorrelated inputs.\n"
+            "KL divergence: from the dense model, in nats per token; ± one standard error over "
+            "windows.\nFile: with the bits per weight of the linears in the blocks; zeros take as "
+            "much room as all other weights."
         )
-        return table_of("Models", rows, forms, note)
-
-    def _row(self, model: SweptModel, forms: dict[str, str]) -> dict[str, Any]:
-        """Column -> figure of a model. `forms` gets the formats of those on texts and tasks."""
-        row: dict[str, Any] = {}
-        for text in self.scoring["texts"]:
-            for title, figure in model.figures(text).items():
-                column = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
-                row[column] = figure
-                forms[column] = FORMS[title]
-        for column, figure in model.task_figures().items():
-            row[column] = figure
-            forms[column] = ".4g"
-        return row | model.totals() | {"state": model.state}
+        return table_of("Models", figures, forms, note)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

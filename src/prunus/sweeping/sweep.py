@@ -31,7 +31,7 @@ from prunus.options import takes
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.sweeping.cells import Runner
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import RESULTS_NAME, DenseResult, SweepResults
+from prunus.sweeping.results import DenseResult, SweepResults
 
 
 @takes(RunOptions, without=("overwrite", "resume"))
@@ -157,7 +157,7 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
     for name in sweep.labels().values():
         check_apart(output, Path(name))
     fresh = is_vacant(output)
-    if not fresh and not (output / RESULTS_NAME).exists():
+    if not fresh and not (output / SweepResults.FILE).exists():
         raise FileExistsError(
             f"output {output} exists and is not a sweep's; it is left as it is. "
             "Choose another folder"

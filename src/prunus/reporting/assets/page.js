@@ -30,7 +30,7 @@ function dressTrace(trace, most) {
     name: inLines(trace.name, most),
     line: { ...trace.line, color: shade },
     marker: { ...trace.marker, color: shade, line: { width: 0 } },
-    error_x: { ...trace.error_x, color: colour("ink"), thickness: 1 },
+    error_y: { ...trace.error_y, color: shade, thickness: 1 },
   };
 }
 
