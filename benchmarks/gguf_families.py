@@ -156,7 +156,7 @@ def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, A
     folder, full, out = work / "dense", work / "full.gguf", work / "out.gguf"
     checkpoint(family, options, tokenizer, folder)
     script = llama / "convert_hf_to_gguf.py"
-    command = [sys.executable, "-c", CONVERT, "conversion.base", script, folder.resolve()]
+    command = [sys.executable, "-c", CONVERT, script, folder.resolve()]
     command += ["--outtype", "bf16", "--outfile", full.resolve(), *converting]
     run(command, work / "convert.log", cwd=llama)
     ids = torch.randint(10, len(tokenizer), (8, 64), generator=torch.Generator().manual_seed(0))
