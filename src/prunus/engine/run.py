@@ -27,7 +27,7 @@ from prunus.engine.run_plan import RunPlan
 from prunus.engine.run_record import BlockwiseRecord, Walk
 from prunus.engine.run_windows import calibration_windows, run_inputs
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.memory import peak_memory
+from prunus.hardware.memory import keep_freed_memory, peak_memory
 
 _Record = TypeVar("_Record", bound=BlockwiseRecord)
 _Plan = TypeVar("_Plan", bound=RunPlan)
@@ -165,6 +165,8 @@ def _carry_out_held(
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         decided_dtype = earlier.inputs.dtype if earlier is not None else None
         plan = command.plan(session, decided_dtype)
+    if plan.keeps_freed_memory:
+        keep_freed_memory()
     if result is not None:
         ranks.on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
     fields = {"source": plan.model_name, **command.fields(plan)}
