@@ -237,6 +237,31 @@ def test_the_loss_of_a_type_is_more_than_the_sum_of_independent_errors_at_few_bi
         assert loss == pytest.approx(float(independent / (1 - 8 * lost_share)), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_0", "IQ3_S"])
+def test_few_rows_tell_the_loss_of_all_however_much_rows_differ(kind):
+    """Rows differ by a factor of e in their size and in what their errors cost, as in real models.
+
+    A tied embedding has two uses, whose sensitivities have nothing to do with each other.
+    """
+    for seed in range(5):
+        torch.manual_seed(seed)
+        weight_OI = torch.randn(2000, 512) * torch.randn(2000, 1).exp()
+        uses = [
+            LinearSensitivity(torch.randn(2000).exp(), importance_I=torch.rand(512) + 0.1)
+            for _ in range(2)
+        ]
+        all_rows_OI = round_in_groups(weight_OI, TYPES[kind], sum(x.importance_I for x in uses))
+        (loss,) = type_losses(weight_OI, uses, [TYPES[kind]])
+        (few,) = type_losses(weight_OI, uses, [TYPES[kind]], stacked=100)
+        costs = [
+            sum(x_OI.square() @ use.importance_I @ use.loss_O for use in uses)
+            for x_OI in (all_rows_OI.dense() - weight_OI, weight_OI)
+        ]
+        expected = costs[0] / (1 - 8 * costs[0] / costs[1]).clamp_min(0.2)
+        assert loss == pytest.approx(float(expected), rel=0.15)
+        assert few == pytest.approx(float(expected), rel=0.3)
+
+
 def test_two_bits_at_widths_of_64_are_taken_where_a_file_must_be_smaller(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1}
     dense = gguf_checkpoint(tmp_path / "dense", **sizes)

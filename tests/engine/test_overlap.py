@@ -81,3 +81,18 @@ def test_the_bytes_are_those_of_a_run_without_overlap(tmp_path, monkeypatch):
         prunus.prune(dense, tmp_path / name, calibration=token_ids())
     assert len(shards(tmp_path / "with")) > 1
     assert shards(tmp_path / "with") == shards(tmp_path / "without")
+
+
+@pytest.mark.parametrize("plenty", [True, False])
+def test_freed_memory_is_kept_if_there_is_plenty_and_returned_after_each_block_if_not(
+    plenty, tmp_path, monkeypatch
+):
+    calls = []
+    for module, name in (("run", "keep_freed_memory"), ("loop", "return_freed_memory")):
+        monkeypatch.setattr(f"prunus.engine.{module}.{name}", lambda name=name: calls.append(name))
+    if not plenty:
+        monkeypatch.setattr(Memory, "peak_bytes", lambda memory: memory.host_budget)
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(), method="magnitude")
+    kept, returned = ["keep_freed_memory"], ["return_freed_memory"]
+    assert calls == (kept + returned if plenty else 4 * returned)

@@ -10,7 +10,12 @@ import torch
 
 from command_line import call
 from prunus.hardware import machine
-from prunus.hardware.machine import peak_memory, process_memory
+from prunus.hardware.machine import (
+    keep_freed_memory,
+    peak_memory,
+    process_memory,
+    return_freed_memory,
+)
 from prunus.hardware.sizes import parse_bytes
 from prunus.kernels import library
 
@@ -93,6 +98,44 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one_and_a_grown_h
     """In a process of its own, because three times the memory of a long test run is gigabytes."""
     command = [sys.executable, "-c", LARGE, FRAGMENT]
     assert 0 < int(subprocess.check_output(command, text=True)) < 3 * 2**28
+
+
+#: Prints the page faults of some large temporaries before and after the process keeps its memory.
+TEMPORARIES = """
+import resource, torch
+from prunus.hardware.machine import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(10_000_000).add(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_kept_memory_costs_no_page_faults_again():
+    """In a process of its own, because the choice holds until the process ends."""
+    command = [sys.executable, "-c", TEMPORARIES]
+    first, kept = map(int, subprocess.check_output(command, text=True).split())
+    assert kept < first / 20
+
+
+@pytest.mark.parametrize("change", [keep_freed_memory, return_freed_memory])
+def test_a_c_library_without_the_calls_of_glibc_is_left_as_it_is(change, monkeypatch):
+    asked = []
+
+    class Other:
+        def __getattr__(self, name):
+            asked.append(name)
+            raise AttributeError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Other())
+    assert change() is None
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "8388608TB"])

@@ -14,7 +14,7 @@ from prunus.kernels import library as kernels
 from prunus.kernels.library import ISAS
 from prunus.methods import InputStatistics, Work, group_sweep
 from prunus.methods.codebooks import find_codewords
-from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
+from prunus.methods.group_fits import fit_scales, round_in_groups, rounded_rows, span_fit
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.work import NearestRounding
@@ -132,6 +132,23 @@ def test_a_rounded_weight_has_the_values_of_the_quantizer_and_is_close(quantizer
     assert (weight_OI - dense_OI).square().mean() < 4.0 ** (1.6 - quantizer.bits)
     again_OI = round_in_groups(dense_OI, quantizer).dense()
     assert (again_OI - dense_OI).square().mean() < 0.1 * (weight_OI - dense_OI).square().mean()
+
+
+@pytest.mark.parametrize("isa", [None, "off"])
+@every_quantizer
+def test_a_few_rows_are_rounded_at_once_to_the_same_values(quantizer, isa, monkeypatch):
+    """Sums are added in another order, so the scales of a span here and there may differ."""
+    if isa is not None:
+        monkeypatch.setenv("PRUNUS_ISA", isa)
+    weight_OI, importance_I = torch.randn(5, 1024), torch.rand(1024) + 0.1
+    importance_I[256:512] *= 50
+    for kind in (quantizer, replace(quantizer, columns=tuple(torch.randperm(1024).tolist()))):
+        dense_OI = round_in_groups(weight_OI, kind, importance_I).dense()
+        at_once_OI = rounded_rows(weight_OI, kind, importance_I)
+        is_same_OI = torch.isclose(at_once_OI, dense_OI, rtol=1e-3, atol=1e-6)
+        assert is_same_OI.float().mean() > 0.8
+        errors = [(x - weight_OI).square() @ importance_I for x in (at_once_OI, dense_OI)]
+        assert torch.allclose(*errors, rtol=0.01)
 
 
 def test_the_importance_of_a_column_lowers_its_error():

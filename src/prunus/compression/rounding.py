@@ -29,7 +29,7 @@ from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import SizePlan
 from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.errors import naming
-from prunus.methods.group_fits import round_in_groups
+from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.statistics import InputStatistics
@@ -38,9 +38,15 @@ from prunus.model.checkpoint.tensor_files import Writable
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
 _HEAD_ROWS = 2**14
-# Rows sampled to estimate each type's loss: 64 per weight, at least 8 when several weights share a
-# type.
-_ROWS, _LEAST_ROWS = 64, 8
+# Rows sampled to estimate each type's loss: 16 per weight, at least 4 when several weights share a
+# type. 8 rows, in proportion to what errors in them cost, estimate the loss of a linear of
+# SmolLM2-135M within 5 % (root mean square), and 64 rows at equal distances within 10 %.
+_ROWS, _LEAST_ROWS = 16, 4
+# Weights whose squares are summed at once: few enough for the cache of a processor, which takes a
+# tenth of the time of 1,024 rows.
+_SQUARED = 2**17
+# The least squared length and the least sensitivity of a row, as far as rows are sampled by them.
+_LEAST = 1e-100
 # A type that loses the share ε² of what a weight contributes raises the loss of the model by
 # 1 / (1 - 8 ε²) times the sum of its independent errors, but by no more than five times. Whole
 # models choose this factor, and those of one type show that there is one: relative to types of
@@ -262,25 +268,47 @@ def type_losses(
         weight_OI: The weight, (O, I) in any float dtype.
         uses: The sensitivity of each module with this weight: an embedding may be the head too.
         quantizers: The quantisers of the types.
-        stacked: How many weights share one type. Sampled rows stand for all, in proportion to what
-            errors in them cost, and there are fewer per weight where several share a type.
+        stacked: How many weights share one type. There are fewer sampled rows per weight where
+            several share a type.
     """
-    rows = max(_LEAST_ROWS, _ROWS // stacked)
-    some_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // rows))
+    some_R, counts_R = _sampled_rows(weight_OI, uses, max(_LEAST_ROWS, _ROWS // stacked))
     rows_RI, losses = weight_OI[some_R].float(), []
     importance_I = torch.stack([use.loss_O.sum() * use.importance_I for use in uses]).sum(dim=0)
 
     def loss_of(error_RI: Tensor) -> Tensor:
-        parts = [
-            error_RI.square() @ use.importance_I @ use.loss_O[some_R]
-            * (use.loss_O.sum() / use.loss_O[some_R].sum())
-            for use in uses
-        ]  # fmt: skip
+        square_RI = error_RI.square()
+        parts = [square_RI @ use.importance_I @ (use.loss_O[some_R] * counts_R) for use in uses]
         return torch.stack(parts).sum()
 
     all_lost = loss_of(rows_RI).clamp_min(1e-30)
     for quantizer in quantizers:
-        rounded = round_in_groups(rows_RI, quantizer, importance_I)
-        loss = loss_of(rounded.dense().sub_(rows_RI))
+        loss = loss_of(rounded_rows(rows_RI, quantizer, importance_I).sub_(rows_RI))
         losses.append(loss / (1 - _COHERENCE * loss / all_lost).clamp_min(_LEAST_REST))
     return torch.tensor(losses)
+
+
+def _sampled_rows(
+    weight_OI: Tensor, uses: Sequence[LinearSensitivity], count: int
+) -> tuple[Tensor, Tensor]:
+    """Some rows of a weight, and for how many rows each of them stands; int64 and float32 (R,).
+
+    Errors of a row cost about as much as its sensitivity times its squared length: the steps of a
+    row grow with its weights. So rows are taken at equal distances of the sum of this cost. A row
+    that costs much is taken several times, and then stands for a part of itself.
+
+    Args:
+        weight_OI: The weight, (O, I) in any float dtype.
+        uses: The sensitivity of each module with this weight.
+        count: The number of rows R; a weight that has no more is taken as it is.
+    """
+    if len(weight_OI) <= count:
+        return torch.arange(len(weight_OI)), torch.ones(len(weight_OI))
+    parts = weight_OI.split(max(1, _SQUARED // weight_OI.shape[1]))
+    square_O = torch.cat([rows_OI.double().square().sum(dim=1) for rows_OI in parts])
+    each_O = torch.stack([use.loss_O * use.importance_I.sum() for use in uses]).sum(dim=0)
+    # A weight that is zero, or so large that nothing finite was measured, has rows too.
+    cost_O = square_O.clamp_min_(_LEAST) * each_O.double().nan_to_num_(0, 0, 0).clamp_min_(_LEAST)
+    total_O = cost_O.cumsum(0)
+    places_R = (torch.arange(count) + 0.5) * (total_O[-1] / count)
+    some_R = torch.searchsorted(total_O, places_R)
+    return some_R, (total_O[-1] / count / cost_O[some_R]).float()

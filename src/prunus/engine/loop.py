@@ -158,9 +158,10 @@ def run_blocks(
             block = step.make(position, stored)
             if position >= finished:
                 submit(functools.partial(output.write_block, position, block))
-            if ranks().size > 1:
+            if ranks().size > 1 or not plan.keeps_freed_memory:
                 return_freed_memory()
             report(position, block.message)
+    return_freed_memory()
 
 
 def check_same(name: str, changed: Mapping[str, torch.Tensor]) -> None:

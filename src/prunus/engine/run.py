@@ -31,7 +31,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunInputs
 from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.hardware.machine import peak_memory
+from prunus.hardware.machine import keep_freed_memory, peak_memory
 from prunus.options import Options
 
 _Plan = TypeVar("_Plan", bound=Any)
@@ -289,6 +289,8 @@ class WindowsCommand(RecordedCommand[_Plan, _Record]):
 
     def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Tensor]:
         """Draw the calibration windows; see `RecordedCommand.inputs`."""
+        if plan.keeps_freed_memory:
+            keep_freed_memory()
         if plan.needs_inputs:
             session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
         windows = calibration_windows(plan)

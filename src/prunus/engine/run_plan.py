@@ -107,6 +107,17 @@ class RunPlan(OpenModel):
         """Bytes of a measurement before the first block; 0 without one."""
         return 0
 
+    @property
+    def keeps_freed_memory(self) -> bool:
+        """Whether the process keeps the memory that it frees; see `keep_freed_memory`.
+
+        What is kept has gaps between tensors, so there must be a third more than the run takes.
+        """
+        memory = self.memory
+        if not memory.on_host or not memory.blocks:
+            return False
+        return max(memory.peak_bytes(), self.measuring_bytes()) <= 0.75 * memory.host_budget
+
     def describe(self, choice: Any = None) -> dict[str, Any]:
         """The plan as JSON values; `choice` has types, if they are chosen. These need a word:
 

@@ -193,15 +193,17 @@ def keep_freed_memory() -> None:
 
     glibc returns large pieces to the system at once. The system zeroes every page that it hands out
     again. Where every step allocates the same large tensors, this takes a fifth of a training step
-    on a CPU. The function does nothing where the C library is not glibc.
+    on a CPU. What is kept has gaps: a free piece does not serve for one of its own size, because
+    torch wants aligned addresses. `return_freed_memory` returns it. The function does nothing where
+    the C library is not glibc, and it holds until the process ends.
     """
     # M_TRIM_THRESHOLD of malloc.h: from how much free memory on some is returned.
     trim_threshold = -1
-    # M_MMAP_MAX of malloc.h: how many pieces may be mapped apart, and so be returned when freed.
-    mmap_max = -4
+    # M_MMAP_THRESHOLD: from which size on a piece is mapped apart, and so returned when freed.
+    mmap_threshold = -3
     with contextlib.suppress(AttributeError, OSError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
-        set_option(mmap_max, 0)
+        set_option(mmap_threshold, 2**30)
         set_option(trim_threshold, 2**31 - 1)
 
 

@@ -10,8 +10,8 @@ least sum is half of the error, less a constant. So every group tries a few step
 best. Then d follows from the largest step, every group tries the codes near its step, and least
 squares gives the d that suits the codewords.
 
-Shape suffixes: O outputs (rows), B columns of a span, G groups of a span, W codewords of a span, K
-rows of the grid, C columns of a codeword, S signs of eight columns.
+Shape suffixes: O outputs (rows), B columns of a span, G groups of a span, W codewords of a span, N
+codewords of several spans, K rows of the grid, C columns of a codeword, S signs of eight columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prunus.kernels import library as kernels
-from prunus.methods.group_quantizer import GroupQuantizer, Scales, over
+from prunus.methods.group_quantizer import GroupQuantizer, Scales, for_rows, over
 
 # Candidates for the step of a group: the largest weight gets the largest magnitude times one of
 # these. Rows of a grid with large magnitudes are few, so more than 1 may suit the other weights.
@@ -60,7 +60,8 @@ class CodewordFit:
 
     Args:
         weight_BO: float32, the weights, transposed: every column is a row here.
-        importance_B: float32, not negative. It weighs the squared error of each column.
+        importance_B: float32, not negative, weighs the squared error of each column; see
+            `for_rows`.
         quantizer: Its grid, signs and codes.
 
     Attributes:
@@ -69,7 +70,8 @@ class CodewordFit:
         weight_BO: The weights.
         sign_BO: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
         weighted_WCO: w·|x|, or −w·|x| where the value will have another sign than the weight.
-        importance_WC: The importances w of the columns.
+        importance_B1: The importances w of the columns, (B, O) where runs of rows differ.
+        importance_WCS: The same, for S runs of rows.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class CodewordFit:
     ) -> None:
         self.quantizer, self.grid_KC = quantizer, quantizer.grid_KC.to(weight_BO.device)
         self.weight_BO = weight_BO
-        weighted_BO = weight_BO * importance_B[:, None]
+        self.importance_B1 = for_rows(importance_B, weight_BO)
+        weighted_BO = weight_BO * self.importance_B1
         negative_BO = weighted_BO < 0
         if quantizer.has_even_signs:
             # The cheapest sign of eight makes an odd number of negative ones even.
@@ -89,7 +92,7 @@ class CodewordFit:
         self.sign_BO = 1.0 - 2.0 * negative_BO
         columns = self.grid_KC.shape[1]
         self.weighted_WCO = (weighted_BO * self.sign_BO).unflatten(0, (-1, columns))
-        self.importance_WC = importance_B.view(-1, columns)
+        self.importance_WCS = importance_B.view(len(weight_BO) // columns, columns, -1)
 
     def scales(self) -> Scales:
         """The scales that fit the weights best, with codes of all groups."""
@@ -127,7 +130,15 @@ class CodewordFit:
         """The least Σ w·v²/2 − Σ w·|x|/s·v of each codeword, and its row of the grid; (W, O)."""
         words = len(self.weighted_WCO) // len(step_GO)
         inverse_W1O = over(1.0, step_GO).repeat_interleave(words, dim=0)[:, None]
-        return find_codewords(self.weighted_WCO * inverse_W1O, self.importance_WC, self.grid_KC)
+        target_WCO, runs = self.weighted_WCO * inverse_W1O, self.importance_WCS.shape[2]
+        if runs == 1:
+            return find_codewords(target_WCO, self.importance_WCS[:, :, 0], self.grid_KC)
+        # The codewords of each run of rows, R, have importances of their own.
+        target_NCR = target_WCO.unflatten(2, (runs, -1)).permute(2, 0, 1, 3).flatten(0, 1)
+        importance_NC = self.importance_WCS.permute(2, 0, 1).flatten(0, 1)
+        found = find_codewords(target_NCR, importance_NC, self.grid_KC)
+        least_WO, index_WO = (x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1) for x in found)
+        return least_WO, index_WO
 
     def _least_squares(self, scales: Scales) -> Tensor:
         """The d (O,) that suits the codes of the groups and their codewords best."""
@@ -135,7 +146,7 @@ class CodewordFit:
         value_GCO = value_BO.unflatten(0, (len(scales.codes_GO), -1)) * scales.codes_GO[:, None]
         value_BO = value_GCO.flatten(0, 1)
         product_O = (self.weighted_WCO.flatten(0, 1) * value_BO).sum(0)
-        return over(product_O, (self.importance_WC.view(-1, 1) * value_BO.square_()).sum(0))
+        return over(product_O, (self.importance_B1 * value_BO.square_()).sum(0))
 
 
 def find_codewords(

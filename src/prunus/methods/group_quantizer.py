@@ -217,20 +217,37 @@ def join_spans(
     weight_OI: Tensor,
     weighted_OI: Tensor,
 ) -> GroupedWeight:
-    """The weight of spans with their scales, times the gains of its rows; see `output_gain`.
+    """The weight of spans with their scales, times the gains of its rows; see `spans_with_gains`.
+
+    Args:
+        scales: The scales of the spans, from the left of a row to the right.
+        levels_IO, quantizer, weight_OI, weighted_OI: As for `spans_with_gains`.
+    """
+    stacked = Scales(*(torch.stack(parts) for parts in zip(*scales, strict=True)))
+    spans = spans_with_gains(stacked, levels_IO, quantizer, weight_OI, weighted_OI)
+    return GroupedWeight(quantizer, quantizer.pack(spans).view(len(weight_OI), -1))
+
+
+def spans_with_gains(
+    scales: Scales,
+    levels_IO: Tensor,
+    quantizer: GroupQuantizer,
+    weight_OI: Tensor,
+    weighted_OI: Tensor,
+) -> Spans:
+    """The spans of all rows, row by row, times the gains of the rows; see `output_gain`.
 
     Scales that are powers of two stay as they are.
 
     Args:
-        scales: The scales of the spans, from the left of a row to the right.
+        scales: The scales of all spans of a row; the first dimension of each tensor is that of the
+            spans, from the left of a row to the right.
         levels_IO: Indices of `GroupQuantizer.values`, uint8 (I, O), in the order of columns.
-        quantizer: The quantiser of scales and levels, which packs them.
+        quantizer: The quantiser of scales and levels.
         weight_OI: float32, the weight before it was rounded, with its columns as they are stored.
         weighted_OI: As for `output_gains`, with its columns as they are stored.
     """
-    d_NO, dmin_NO, codes_NGO, minima_NGO = (
-        torch.stack(parts) for parts in zip(*scales, strict=True)
-    )
+    d_NO, dmin_NO, codes_NGO, minima_NGO = scales
     spans = Spans(
         d_NO.T.flatten(),
         dmin_NO.T.flatten(),
@@ -238,14 +255,28 @@ def join_spans(
         minima_NGO.permute(2, 0, 1).flatten(0, 1),
         levels_IO.T.reshape(-1, quantizer.span),
     )
+    if quantizer.has_power:
+        return spans
     rounded_OI = spans.dense(quantizer).view(weight_OI.shape)
-    if not quantizer.has_power:
-        gain_O = output_gains(weight_OI, rounded_OI, weighted_OI)
-        gain_N = gain_O.repeat_interleave(len(scales))
-        d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
-        spans = spans._replace(d_N=d_N, dmin_N=dmin_N)
-    data_NK = quantizer.pack(spans)
-    return GroupedWeight(quantizer, data_NK.view(len(weight_OI), -1))
+    gain_N = output_gains(weight_OI, rounded_OI, weighted_OI).repeat_interleave(len(d_NO))
+    d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
+    return spans._replace(d_N=d_N, dmin_N=dmin_N)
+
+
+def for_rows(importance_B: Tensor, weight_BO: Tensor) -> Tensor:
+    """The importances of columns, as they are multiplied with weights: (B, 1) or (B, O).
+
+    Args:
+        importance_B: One importance of each column (B,), or (B, S) for S runs of as many rows each.
+        weight_BO: The weights.
+
+    >>> from torch import ones, tensor
+    >>> for_rows(tensor([[1.0, 2.0]]), ones(1, 4))
+    tensor([[1., 1., 2., 2.]])
+    """
+    importance_BS = importance_B.view(len(weight_BO), -1)
+    runs, rows = importance_BS.shape[1], weight_BO.shape[1]
+    return importance_BS if runs == 1 else importance_BS.repeat_interleave(rows // runs, dim=1)
 
 
 def check_range(weight: Tensor, quantizer: GroupQuantizer) -> None:

@@ -20,7 +20,13 @@ from torch import Tensor
 from prunus.distributed import own_part, ranks, split_range, sum_floats
 from prunus.engine.linear_record import LinearRecord
 from prunus.hardware.errors import naming
-from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
+from prunus.hardware.numerics import (
+    all_finite,
+    count_zeros,
+    low_precision_factor,
+    low_precision_product,
+    row_spans,
+)
 from prunus.methods import Method, Work
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
@@ -181,13 +187,17 @@ def _output_error(
         # Only these two products take long enough to split their rows over ranks.
         before_OI, after_OI = own_part(before_OI), own_part(after_OI)
     # Slices of rows keep the temporaries small.
-    for span in row_spans(before_OI):
+    spans = row_spans(before_OI)
+    if gram_II is not None:
+        # Rounded once for all slices, if it is for the last one, which has the fewest rows.
+        factor_II = low_precision_factor(gram_II, len(before_OI) - spans[-1].start)
+    for span in spans:
         before, after = before_OI[span], after_OI[span]
         change = before - after.float()
         if gram_II is not None:
             terms = (
-                product(change, gram_II) * change,
-                low_precision_product(before, gram_II) * before,
+                product(change, factor_II if low_precision else gram_II) * change,
+                low_precision_product(before, factor_II) * before,
             )
         else:
             terms = change.square_() @ squares_I, before.square() @ squares_I

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import all_finite
+from prunus.hardware.numerics import all_finite, row_spans
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import EVERY_ROW, Pruned, RowShard, Work
@@ -369,10 +369,14 @@ def _inverse_factor_in(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
     pivot_I = lower_II.diagonal().square()
     if int(info) or not bool((pivot_I > _NOISE * torch.finfo(dtype).eps * diagonal_I).all()):
         return None
-    del scaled_II, diagonal_I
-    inverse_II = torch.zeros_like(lower_II)
+    # Both have their columns one after the other in memory, as the factorisation returns them. The
+    # memory of each is used again: the system takes a second to hand out a gigabyte of new pages.
+    inverse_II = scaled_II.T.zero_()
     _invert_triangle(lower_II, inverse_II)
-    factor_II = inverse_II.flip(0, 1).float()
+    for columns in row_spans(inverse_II.T):
+        reverse = slice(len(lower_II) - columns.stop, len(lower_II) - columns.start)
+        lower_II[:, reverse] = inverse_II[:, columns].flip(0, 1)
+    factor_II = lower_II.float()
     return factor_II if all_finite(factor_II) else None
 
 
