@@ -236,10 +236,13 @@ def swept(dense, tmp_path_factory) -> Path:
 @pytest.fixture
 def pruned(monkeypatch) -> list[str]:
     """The names of the cells that are pruned from here on."""
-    names, run = [], sweep_cells.run
-    monkeypatch.setattr(
-        sweep_cells, "run", lambda *a, **k: names.append(a[1].parent.name) or run(*a, **k)
-    )
+    names, carry_out = [], sweep_cells.carry_out
+
+    def noted(command, session):
+        names.append(command.output.parent.name)
+        return carry_out(command, session)
+
+    monkeypatch.setattr(sweep_cells, "carry_out", noted)
     return names
 
 
@@ -330,7 +333,7 @@ def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_
 
 def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     shutil.copytree(swept, tmp_path / "out")
-    monkeypatch.setattr(sweep_cells, "run", None)
+    monkeypatch.setattr(sweep_cells, "carry_out", None)
     monkeypatch.setattr(sweep_cells, "perplexity", None)
     said: list[str] = []
     prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
@@ -368,7 +371,7 @@ def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch
         raise OSError("the disk is full")
 
     monkeypatch.setattr(sweep_cells, "perplexity", faulty)
-    monkeypatch.setattr(sweep_cells, "run", None)
+    monkeypatch.setattr(sweep_cells, "carry_out", None)
     results = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert results.models["dense"].error == "the disk is full"
     assert {cell.state for cell in results.cells} == {"failed"}
@@ -590,7 +593,7 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
     def faulty(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(sweep_cells, "run", faulty)
+    monkeypatch.setattr(sweep_cells, "carry_out", faulty)
     result = call("sweep", write_toml(tmp_path / "s.toml", dense), tmp_path / "out", status=1)
     assert "1 of 1 cells failed" in result.stderr
     assert "error" not in result.stderr
