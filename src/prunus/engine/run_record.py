@@ -126,6 +126,8 @@ class WindowInputs(RunInputs):
         batch: Windows per forward pass. It decides the order of sums, and so the last bits.
         method_sha256: SHA-256 of the code of the user's own method; None for the others.
         bos: Whether every calibration window begins with the BOS token.
+        measure_error: Whether the run measured the output error that its method does not need. It
+            decides figures of the record, and no weight.
     """
 
     calibration: str = Field(description="where the calibration windows come from")
@@ -135,6 +137,9 @@ class WindowInputs(RunInputs):
         default=None, description="of the code of the user's own method; None for the others"
     )
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
+    measure_error: bool = Field(
+        default=False, description="whether the output error was measured for any method"
+    )
 
 
 class RunRecord(RecordPart):

@@ -143,6 +143,7 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         batch=plan.batch,
         method_sha256=plan.method_sha256,
         bos=windows.bos,
+        measure_error=plan.options.measure_error,
     )
 
 
