@@ -505,7 +505,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"device": "cuda:99"}, r"device 'cuda:99' is not there: \d+ CUDA devices are visible"),
         ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise `memory`"),
         ({"calibration": token_ids().float()}, r"integers \(samples, seqlen\), got torch\.float32"),
-        ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
+        ({"calibration": token_ids()[0]}, r"must be integers \(windows, tokens\)"),
         ({"calibration": token_ids()[:0]}, r"\(samples, seqlen\), got torch\.int64 \(0, 16\)"),
         ({"calibration": token_ids()[:, :1]}, "seqlen must be at least 2 tokens; got 1"),
         ({"calibration": token_ids() + VOCABULARY}, f"from 261 to 382, but .* {VOCABULARY} rows"),

@@ -187,13 +187,14 @@ class RunRecord(RecordPart):
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: str | Path) -> Self:
         """Read the record in a folder.
 
         Raises:
             FileNotFoundError: The folder has none.
             ValueError: It is damaged, or of another version.
         """
+        folder = Path(folder)
         if not (folder / cls.FILE).exists():
             raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.COMMAND} did not write it")
         return read_record(folder / cls.FILE, cls)

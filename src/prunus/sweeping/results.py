@@ -161,14 +161,14 @@ class SweepResults(RecordPart):
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, folder: Path) -> SweepResults:
+    def load(cls, folder: str | Path) -> SweepResults:
         """The results in the folder of a sweep.
 
         Raises:
             FileNotFoundError: The folder has no results.
             ValueError: The file is damaged, or another version of prunus wrote it.
         """
-        path = folder / cls.FILE
+        path = Path(folder) / cls.FILE
         if not path.exists():
             raise FileNotFoundError(
                 f"{folder} has no {cls.FILE}: it is not the output of prunus sweep"
