@@ -89,7 +89,8 @@ def option_table(model: Any) -> str:
         field = model.model_fields[name]
         value = None if field.is_required() else field.get_default(call_default_factory=True)
         default = option.default or ("" if value in (None, ()) else f"`{json.dumps(value)}`")
-        flag = f"`--{name.replace('_', '-')}`" if option.flag else ""
+        switch = option.switch or f"--{name.replace('_', '-')}"
+        flag = f"`{switch}`" if option.flag else ""
         cells = (f"`{name}`", option.help, default, flag)
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     return "\n".join(lines)
