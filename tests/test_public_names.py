@@ -82,6 +82,6 @@ def test_report_returns_what_it_writes(tmp_path):
     document = prunus.report([tmp_path], tmp_path / "page.html", title="Mine")
     assert document.title == "Mine" and "Mine" in (tmp_path / "page.html").read_text()
     assert prunus.report(tmp_path).sections[0].parts == document.sections[0].parts
-    with pytest.raises(ValueError, match=r"must end in \.html or \.md"):
-        prunus.report(tmp_path / "not read", tmp_path / "page.pdf")
+    with pytest.raises(ValueError, match=r"must end in \.html, .* or \.pdf"):
+        prunus.report(tmp_path / "not read", tmp_path / "page.txt")
     assert_refused(ValueError, "give the folder", prunus.report, [])

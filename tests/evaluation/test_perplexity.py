@@ -16,7 +16,7 @@ from changes import edit_json
 from prunus.calibration.corpora import python_code, python_docs
 from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation.model_input import ComputeOptions
-from prunus.evaluation.perplexity import load_scoring_text, perplexity
+from prunus.evaluation.perplexity import load_scoring_text, perplexities, perplexity
 from prunus.evaluation.window_scores import WholeModel, score_windows
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from refusals import assert_refused
@@ -149,6 +149,26 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
     assert perplexity(folder, str(path), seqlen=50, samples=2, device="cpu").windows == 2
     with pytest.raises(ValueError, match="its rows have 50 tokens, less than a window of 51"):
         perplexity(folder, str(path), seqlen=51, device="cpu")
+    given = perplexity(folder, ids, device="cpu")
+    assert (given.windows, given.seqlen, given.source, given.bos) == (3, 50, "token ids", "given")
+    assert given.loss == perplexity(folder, str(path), seqlen=50, device="cpu").loss
+    assert perplexity(folder, ids, seqlen=20, device="cpu").loss == result.loss
+    assert given.loss == prunus.perplexity(model, ids).loss
+    (first, second, both), *_ = perplexities([folder], [ids, ids + 1], device="cpu")
+    assert both.loss == pytest.approx((first.loss + second.loss) / 2)
+
+
+def test_a_list_of_texts_scores_as_the_file_of_its_documents(model, tmp_path):
+    documents = [SENTENCES, SENTENCES[::-1], "The end."]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    how = {"tokenizer": byte_tokenizer(), "seqlen": 32}
+    expected = perplexity(model, str(path), **how)
+    for given in (documents, [{"text": document} for document in documents]):
+        result = perplexity(model, given, **how)
+        assert (result.loss, result.windows) == (expected.loss, expected.windows)
+        assert result.source == "texts"
+        assert "3 texts joined with blank lines" in result.protocol
 
 
 # --- bad input ---
@@ -168,6 +188,9 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
             "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs, python-code, chats",
         ),
         ({"text": "self"}, "unknown text 'self'"),
+        ({"text": torch.zeros(3, 4)}, r"token ids must be integers .*, got torch.float32 \(3, 4\)"),
+        ({"text": torch.zeros(1, 3, 4, 4)}, "on text or token ids, not on pixel values"),
+        ({"text": torch.full((2, 32), 10**6)}, "the model's embedding has"),
         ({"tokenizer": None}, "a loaded model needs its tokenizer"),
         (
             {"seqlen": 2000},

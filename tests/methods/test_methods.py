@@ -12,8 +12,26 @@ from torch import Tensor
 
 import prunus
 import reference
-from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
-from prunus.methods import METHODS, Method, MethodOptions, check_options, compose, get_method
+from method_cases import (
+    BY_BLOCKS,
+    PATTERNS,
+    WEIRD,
+    ThreeShards,
+    example,
+    gather,
+    prune,
+    weird_example,
+)
+from prunus.methods import (
+    METHODS,
+    Method,
+    MethodOptions,
+    Pruned,
+    Work,
+    check_options,
+    compose,
+    get_method,
+)
 from prunus.methods.alps import OVER_RELAXATION, from_spectrum, penalties
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern
@@ -26,6 +44,7 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import UNSHARDED
 from prunus.sweeping.grid import Sweep
 from refusals import assert_refused
 from tiny import tiny_checkpoint, token_ids, weights
@@ -141,6 +160,71 @@ def test_nothing_to_remove_changes_nothing(name, pattern, update):
         pruned = method.prune(weight_OI, gather(X_TI), pattern, 0.0, options)
         assert pruned.keep_OI.all()
         assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
+
+
+# --- zeros that stay ---
+
+
+@pytest.mark.parametrize("pattern", [Pattern(group="block-row", block_size=16), Pattern(2, 4)])
+@pytest.mark.parametrize("rows", [UNSHARDED, ThreeShards()])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sparsegpt", {}),
+        ("obs", {}),
+        ("obs", {"mask_from": "magnitude"}),
+        ("obs", {"mask_order": "blockwise"}),
+        ("alps", {}),
+        ("alps", {"weight_update": "least-squares"}),
+        ("wanda", {"weight_update": "least-squares"}),
+    ],
+)
+def test_zeros_that_are_kept_stay_zero_in_updates_and_count_first(name, options, rows, pattern):
+    weight_OI, X_TI = example(30, 64)
+    zero_OI = torch.rand(30, 64, generator=torch.Generator().manual_seed(7)) < 0.3
+    weight_OI[zero_OI] = 0
+    pruned = []
+    for chosen in (MethodOptions(**options), MethodOptions(**options, keep_zeros=True)):
+        work = Work(pattern, 0.5, chosen, rows)
+        pruned.append(compose(METHODS[name], chosen).apply(weight_OI, gather(X_TI), work))
+    filled, kept = pruned
+    assert filled.weight_OI[zero_OI].any(), "without the option an update fills zeros"
+    assert not kept.weight_OI[zero_OI].any()
+    assert kept.weight_OI[kept.keep_OI].count_nonzero() == kept.keep_OI.sum()
+    width, most = (4, 2) if pattern.m else (16, 8)
+    others, stay = (~zero_OI).view(-1, width), kept.keep_OI.view(-1, width)
+    assert torch.equal(stay.sum(dim=1), others.sum(dim=1).clamp(max=most))
+
+
+def _fills(weight_OI, statistics, work):
+    return Pruned(weight_OI + 1, torch.ones_like(weight_OI, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sparsegpt", "sparsity": 0.5, "group": "block-row", "block_size": 4},
+        {"method": "sparsegpt", "pattern": "2:4", "dense_weight": 0.5},
+        {"weight_update": "least-squares", "dense_weight": 0.5, "sparsity": 0.2},
+        {"method": "alps", "reconstruct": "all", "reconstruct_epochs": 1, "pattern": "2:4"},
+        {
+            "method": Method(
+                name="fills", summary="", function=_fills, needs="none", updates_weights=True
+            )
+        },
+    ],
+)
+def test_a_pruned_model_that_is_pruned_again_keeps_its_zeros(options, tmp_path):
+    dense, ids = tiny_checkpoint(tmp_path / "dense"), token_ids(8, 16)
+    prunus.prune(dense, tmp_path / "first", "wanda", 0.3, calibration=ids)
+    before = weights(tmp_path / "first")
+    filled = {}
+    for keep in (False, True):
+        out = tmp_path / f"second {keep}"
+        prunus.prune(tmp_path / "first", out, calibration=ids, keep_zeros=keep, **options)
+        after = weights(out)
+        filled[keep] = sum(int(after[name][x == 0].count_nonzero()) for name, x in before.items())
+    assert filled[True] == 0 < filled[False]
 
 
 # --- damping ---

@@ -76,9 +76,9 @@ def test_chats_go_through_the_template():
         ({"train": SENTENCES}, "a dict. Choose one of its parts: train"),
         (iter(SENTENCES), "itertools.islice"),
         (7, "token ids .* or texts: .*, not a int"),
-        ([torch.zeros(2000)], r"calibration text 0 is a tensor \(2000,\)"),
-        ([{"content": "x"}], "calibration text 0 is a row with the columns content"),
-        (["ok", 3], "calibration text 1 is a int"),
+        ([torch.zeros(2000)], r"text 0 is a tensor \(2000,\)"),
+        ([{"content": "x"}], "text 0 is a row with the columns content"),
+        (["ok", 3], "text 1 is a int"),
         (["", " "], "2 texts given by the caller: "),
     ],
 )

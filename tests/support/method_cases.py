@@ -105,9 +105,9 @@ class ThreeShards:
     def solve(self, rows, rows_per_group, solve):
         assert rows_per_group == 1
         starts = [0, rows // 3, rows // 2, rows]
-        # No shard asks another one here, so a slice of rows is all that they need.
+        # No shard asks another one here, so they need a slice of rows, and sums of their own.
         spans = [slice(*span) for span in itertools.pairwise(starts)]
-        parts = [solve(SimpleNamespace(rows=span)) for span in spans]
+        parts = [solve(SimpleNamespace(rows=span, sum=float)) for span in spans]
         return replace(
             parts[0],
             weight_OI=torch.cat([part.weight_OI for part in parts]),

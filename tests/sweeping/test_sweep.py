@@ -236,15 +236,18 @@ def swept(dense, tmp_path_factory) -> Path:
 @pytest.fixture
 def pruned(monkeypatch) -> list[str]:
     """The names of the cells that are pruned from here on."""
-    names, run = [], sweep_cells.run
-    monkeypatch.setattr(
-        sweep_cells, "run", lambda *a, **k: names.append(a[1].parent.name) or run(*a, **k)
-    )
+    names, carry_out = [], sweep_cells.carry_out
+
+    def noted(command, session):
+        names.append(command.output.parent.name)
+        return carry_out(command, session)
+
+    monkeypatch.setattr(sweep_cells, "carry_out", noted)
     return names
 
 
 def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
-    results = SweepResults.load(swept)
+    results = SweepResults.load(str(swept))
     assert results.models["dense"].scores["python-docs"].perplexity == pytest.approx(
         prunus.perplexity(dense, "python-docs", seqlen=32, samples=4).perplexity, rel=1e-12
     )
@@ -262,7 +265,7 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         assert replace(cell.scores["python-docs"], seconds=0.0) == replace(expected, seconds=0.0)
         assert cell.pruning["zeros"] == manifest.totals["zeros"]
         assert cell.pruning["mean_removed_energy"] == manifest.totals["mean_removed_energy"]
-        kept = Manifest.load(swept / "cells" / cell.name)
+        kept = Manifest.load(str(swept / "cells" / cell.name))
         assert kept.summary() | {"block_seconds": 0} == manifest.summary() | {"block_seconds": 0}
         assert kept.recipe == recipe
 
@@ -330,7 +333,7 @@ def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_
 
 def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     shutil.copytree(swept, tmp_path / "out")
-    monkeypatch.setattr(sweep_cells, "run", None)
+    monkeypatch.setattr(sweep_cells, "carry_out", None)
     monkeypatch.setattr(sweep_cells, "perplexity", None)
     said: list[str] = []
     prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
@@ -368,7 +371,7 @@ def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch
         raise OSError("the disk is full")
 
     monkeypatch.setattr(sweep_cells, "perplexity", faulty)
-    monkeypatch.setattr(sweep_cells, "run", None)
+    monkeypatch.setattr(sweep_cells, "carry_out", None)
     results = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert results.models["dense"].error == "the disk is full"
     assert {cell.state for cell in results.cells} == {"failed"}
@@ -590,11 +593,51 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
     def faulty(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(sweep_cells, "run", faulty)
+    monkeypatch.setattr(sweep_cells, "carry_out", faulty)
     result = call("sweep", write_toml(tmp_path / "s.toml", dense), tmp_path / "out", status=1)
     assert "1 of 1 cells failed" in result.stderr
     assert "error" not in result.stderr
     assert "MemoryError: no message" in result.stdout
+
+
+OWN = """
+from typing import Annotated
+from prunus.methods import Method, MethodOptions, keep_mask, masked
+from prunus.options import Option
+
+class OwnOptions(MethodOptions):
+    power: Annotated[float, Option("Raise the norms.")] = 1.0
+
+def prune(weight_OI, statistics, work):
+    score_OI = weight_OI.abs() * statistics.norms_I ** work.options.power
+    return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))
+
+OWN = Method(name="mine", summary="", function=prune, needs="norms", options=OwnOptions)
+"""
+
+
+def test_reports_name_a_method_of_ones_own_and_have_the_output_error_of_every_method(
+    dense, tmp_path
+):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    own = f"\n[[grid]]\nmethod = {json.dumps(f'{file}:OWN')}\npower = [0.5, 2.0]\n"
+    grid, out = write_toml(tmp_path / "s.toml", dense), tmp_path / "out"
+    text = grid.read_text().replace('"magnitude"', '"wanda", "sparsegpt"')
+    grid.write_text(text + own)
+    call("sweep", grid, out, "--measure-error")
+    results = SweepResults.load(out)
+    assert [row["method"] for row in results.rows()][1:] == ["wanda", "sparsegpt", "mine", "mine"]
+    assert [row.get("power") for row in results.rows()][3:] == [0.5, 2.0]
+    errors = [row["relative output error"] for row in results.rows()[1:]]
+    assert all(0 < error < 1 for error in errors) and errors[1] < errors[0]
+    assert {row["removed energy"] for row in results.rows()} == {None}
+    [shown] = [p for p in sweep_section(results).parts if p.title.startswith("Perplexity on")][:1]
+    assert [row[0] for row in shown.rows] == [
+        "dense", "wanda", "sparsegpt", "mine, power 0.5", "mine, power 2.0"
+    ]  # fmt: skip
+    assert "mine" not in [column.title for column in results.table().columns]
+    assert "power" not in [column.title for column in results.table().columns]
 
 
 def test_a_sweep_of_several_processes_is_refused_before_any_work(dense, tmp_path, monkeypatch):

@@ -42,10 +42,10 @@ from prunus.hardware.errors import did_you_mean, reason
 from prunus.hardware.sizes import counted
 from prunus.model.tokenizer import apply_chat_template
 
-# What `calibration` may be, for errors.
+# What texts may be, for errors.
 _CHOICES = (
-    "calibration takes the name of a source, token ids (samples, seqlen), or texts: strings, rows "
-    "with a column text or messages, or chats (lists of messages with role and content)"
+    "give the name of a source, token ids (windows, tokens), or texts: strings, rows with a column "
+    "text or messages, or chats (lists of messages with role and content)"
 )
 
 
@@ -113,7 +113,7 @@ class Documents(Sequence[str]):
                     if isinstance(entry, Mapping)
                     else _kind(entry)
                 )
-                raise TypeError(f"calibration text {index} is {what}; {_CHOICES}")
+                raise TypeError(f"text {index} is {what}; {_CHOICES}")
             if not getattr(self._tokenizer, "chat_template", None):
                 raise ValueError(
                     "the text holds chat messages, and the tokenizer has no chat template; give "

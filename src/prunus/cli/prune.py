@@ -105,7 +105,7 @@ def compress(
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
 
 
-@with_flags(StructureRecipe, RunOptions)
+@with_flags(StructureRecipe, RunOptions, without=("measure_error",))
 def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
     """Make MODEL smaller by removing whole parts.
 
@@ -230,7 +230,7 @@ def plan(
     print_result(described, plan_facts(described))
 
 
-@with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code"))
+@with_flags(RecoveryOptions, RunOptions, without=("memory", "trust_remote_code", "measure_error"))
 def recover(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub id of a dense or pruned model.")

@@ -241,12 +241,19 @@ def table_of(
 
 
 def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Pairs of names and values as text, for `Facts`; values that say nothing are left out."""
-    return tuple(
-        (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
-        for key, value in values.items()
-        if value not in (None, ())
-    )
+    """Pairs of names and values as text, for `Facts`; values that say nothing are left out.
+
+    >>> items_of({"only": ("a", "b"), "method_options": {"power": 0.5}, "batch": None})
+    (('only', 'a, b'), ('method_options', 'power 0.5'))
+    """
+    items = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            value = tuple(f"{name} {each}" for name, each in value.items())
+        if value not in (None, ()):
+            text = ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+            items.append((key, text))
+    return tuple(items)
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

@@ -41,7 +41,7 @@ from prunus.methods import Method, MethodOptions, Work, check_options, compose, 
 from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
-from prunus.methods.statistics import statistics_bytes
+from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.methods.table import method_sha256
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
@@ -348,16 +348,18 @@ def plan_run(
     if storage_of is not None:
         storage = storage_of(opened, linears)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
-    walks = method.needs != "none" or trains != ""
+    needs: Needs = "gram" if options.measure_error else method.needs
+    walks = needs != "none" or trains != ""
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     batch = 1 if work.reference_order else None  # the reference order sums window by window
     facts = run_facts(
         opened,
         recipe,
         options,
-        needs=method.needs,
+        needs=needs,
         needs_inputs=walks or recipe.allocates or storage.measures_loss,
-        adds_ridge=method.adds_ridge,
+        # Only a method that inverts the Gram matrix itself decides the dtype by it.
+        adds_ridge=method.adds_ridge or method.needs != "gram",
         decided_dtype=decided_dtype,
     )
     plan = LinearPlan(

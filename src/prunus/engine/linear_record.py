@@ -27,10 +27,9 @@ class LinearRecord(RecordPart):
         shape: (out, in).
         zeros: Weights that are exactly zero afterwards.
         sparsity: Share of zeros.
-        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix; None if the method keeps
-            none.
+        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix; None if the run keeps none.
         removed_energy: Σ (w−ŵ)²‖x_j‖² / Σ w²‖x_j‖² from the norms, as if inputs were uncorrelated;
-            None if the method keeps a Gram matrix, or nothing.
+            None if the run keeps a Gram matrix, or nothing.
         tokens: Calibration tokens that reached the linear.
         seconds: Time to prune it.
         bits: Bits per weight in the compressed file, with all that belongs to the linear; None

@@ -119,6 +119,8 @@ class RunOptions(Options):
         resume: True insists on an unfinished run to continue, False refuses one; None continues it
             if the options are the same.
         trust_remote_code: Whether transformers may run code that comes with the checkpoint.
+        measure_error: Whether the relative output error is measured for every method, also for one
+            that reads no Gram matrix. The weights of the result are the same.
         rank_timeout: A process without a sign of life counts as lost after this many seconds; None
             for the default.
         tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
@@ -159,6 +161,14 @@ class RunOptions(Options):
         bool,
         Option(
             "Run the model code of the checkpoint. It runs with all your rights.", panel=ADVANCED
+        ),
+    ] = False
+    measure_error: Annotated[
+        bool,
+        Option(
+            "Measure the relative output error of every method. This takes the time and memory of "
+            "Gram matrices, and changes no weight.",
+            panel=ADVANCED,
         ),
     ] = False
     rank_timeout: Annotated[

@@ -126,6 +126,8 @@ class WindowInputs(RunInputs):
         batch: Windows per forward pass. It decides the order of sums, and so the last bits.
         method_sha256: SHA-256 of the code of the user's own method; None for the others.
         bos: Whether every calibration window begins with the BOS token.
+        measure_error: Whether the run measured the output error that its method does not need. It
+            decides figures of the record, and no weight.
     """
 
     calibration: str = Field(description="where the calibration windows come from")
@@ -135,6 +137,9 @@ class WindowInputs(RunInputs):
         default=None, description="of the code of the user's own method; None for the others"
     )
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
+    measure_error: bool = Field(
+        default=False, description="whether the output error was measured for any method"
+    )
 
 
 class RunRecord(RecordPart):
@@ -182,13 +187,14 @@ class RunRecord(RecordPart):
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: str | Path) -> Self:
         """Read the record in a folder.
 
         Raises:
             FileNotFoundError: The folder has none.
             ValueError: It is damaged, or of another version.
         """
+        folder = Path(folder)
         if not (folder / cls.FILE).exists():
             raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.COMMAND} did not write it")
         return read_record(folder / cls.FILE, cls)

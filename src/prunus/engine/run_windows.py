@@ -60,7 +60,7 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if calibration.numel() and len(shape) == 2 and not is_float:
         return data, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
     raise ValueError(
-        f"calibration ids must be integers (samples, seqlen), got {calibration.dtype} {shape}; "
+        f"token ids must be integers (windows, tokens), got {calibration.dtype} {shape}; "
         "pixel values of images are floats (samples, channels, height, width)"
     )
 
@@ -143,6 +143,7 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         batch=plan.batch,
         method_sha256=plan.method_sha256,
         bos=windows.bos,
+        measure_error=plan.options.measure_error,
     )
 
 

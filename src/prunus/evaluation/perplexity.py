@@ -39,7 +39,7 @@ from prunus.calibration.files import (
     read_ids,
     read_json_rows,
 )
-from prunus.calibration.sources import AsChats, Documents
+from prunus.calibration.sources import AsChats, Documents, are_texts
 from prunus.calibration.windows import (
     UsedBos,
     bos_token,
@@ -50,6 +50,7 @@ from prunus.calibration.windows import (
 )
 from prunus.distributed import fail_together, set_location
 from prunus.engine.progress import shows_progress, window_step
+from prunus.engine.run_windows import given_windows
 from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.eval_records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.metrics import exponential
@@ -97,7 +98,7 @@ _JOINED: dict[str, tuple[str, int | None, int | None]] = {
 @takes(TextOptions)
 def perplexity(
     model_or_path: Any,
-    text: str = "wikitext2",
+    text: str | Path | torch.Tensor | Sequence[Any] = "wikitext2",
     *,
     reference: Any = None,
     progress: WindowProgress | bool | None = True,
@@ -113,8 +114,10 @@ def perplexity(
         model_or_path: A folder, a GGUF file, a hub id (safetensors only), or a loaded transformers
             model. A loaded model is scored in evaluation mode, on its device and in its dtype, with
             the tokenizer of its `name_or_path`.
-        text: Name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
-            int needs no tokenizer; its rows are cut into windows one by one.
+        text: Name of a text, see `load_scoring_text`, or a list of texts, rows or chats, which are
+            joined with blank lines. Token ids (N, T), a tensor or input_ids of a `.safetensors`
+            file, need no tokenizer. Their rows are cut into windows one by one; without `seqlen`
+            each row of a tensor is a window.
         reference: A model to compare with, as `model_or_path`, which has the same vocabulary. None
             compares with nothing.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
@@ -134,7 +137,7 @@ def perplexity(
 @shows_progress("perplexity", window_step)
 def perplexities(
     models: Sequence[Any],
-    texts: Sequence[str] = ("wikitext2",),
+    texts: Sequence[Any] = ("wikitext2",),
     *,
     reference: Any = None,
     progress: WindowProgress | bool | None = True,
@@ -164,7 +167,7 @@ def perplexities(
             `perplexity`.
     """
     chosen = TextOptions.read(None, options)
-    first_scored_row(chosen.protocol, _seqlen(chosen))
+    first_scored_row(chosen.protocol, _seqlen(chosen, texts))
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)
     inputs = [find_model(model, chosen.trust_remote_code) for model in models]
@@ -185,13 +188,13 @@ def perplexities(
 
 def _side_by_side(
     inputs: Sequence[ModelInput],
-    texts: Sequence[str],
+    texts: Sequence[Any],
     compared: ModelInput | None,
     progress: WindowProgress | None,
     chosen: TextOptions,
 ) -> list[list[PerplexityResult]]:
     """Score models that share the tokens of the texts, beside a reference; see `perplexities`."""
-    seqlen = _seqlen(chosen)
+    seqlen = _seqlen(chosen, texts)
     batch = 1 if chosen.batch == "auto" else chosen.batch
     loaded = next((model.loaded for model in inputs if model.folder is None), None)
     device = choose_device(chosen.device, loaded)
@@ -199,7 +202,7 @@ def _side_by_side(
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)
-    set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(str, texts))}")
+    set_location(f"the perplexity of {inputs[0].name} on {', '.join(map(_name, texts))}")
     with fail_together():
         tokenizer = functools.cache(lambda: inputs[0].tokenizer(chosen.tokenizer))
         windows = [scoring_windows(text, tokenizer, seqlen, chosen) for text in texts]
@@ -240,8 +243,15 @@ def _side_by_side(
     ]
 
 
-def _seqlen(options: TextOptions) -> int:
-    return options.seqlen or PROTOCOLS[options.protocol]
+def _seqlen(options: TextOptions, texts: Sequence[Any]) -> int:
+    """The tokens per window, by default those of the rows of token ids that a program gives."""
+    widths = [text.shape[1] for text in texts if _name(text) == "token ids"]
+    return options.seqlen or min(widths, default=PROTOCOLS[options.protocol])
+
+
+def _name(text: Any) -> str:
+    """The name of a text, or what a program gives in place of one."""
+    return str(given_windows(text)[1]["calibration"])
 
 
 def _result(
@@ -341,14 +351,14 @@ class ScoringWindows:
         return cls(ids, ALL_TEXTS, f"{len(parts)} texts", parts[0].bos, parts=tuple(parts))
 
 
-def load_scoring_text(name: str, data: Path | None = None, tokenizer: Any = None) -> ScoringText:
+def load_scoring_text(name: Any, data: Path | None = None, tokenizer: Any = None) -> ScoringText:
     """Load a text to score: one of `TEXTS`, or a text file in a format that calibration takes.
 
     Lines of a `.jsonl` file may have `messages` in place of `text`: chats, which the tokenizer's
     template turns into text.
 
     Args:
-        name: Name of the text, or path of the file.
+        name: Name of the text, path of the file, or a list of texts, rows of a data set or chats.
         data: Folder with local copies of the corpora; None downloads them.
         tokenizer: The tokenizer with the template; None where no text is a chat.
 
@@ -357,6 +367,13 @@ def load_scoring_text(name: str, data: Path | None = None, tokenizer: Any = None
             cannot be downloaded.
     """
     check_text(name, data)
+    if are_texts(name):
+        documents = Documents(name, tokenizer).several(range(len(name)))
+        return ScoringText(
+            "\n\n".join(documents),
+            f"{counted(len(documents), 'text')} joined with blank lines",
+            _name(name),
+        )
     if (chats := _chats(name)) is not None:
         documents = Documents(chats, tokenizer).several(range(len(chats)))
         how = f"{counted(len(documents), 'chat')} in the model's template"
@@ -391,13 +408,17 @@ def _chats(name: str) -> Sequence[Any] | None:
     return rows if any("messages" in row for row in rows) else None
 
 
-def check_text(name: str, data: Path | None) -> None:
-    """Raise the errors of `load_scoring_text` that can be found without reading the text."""
+def check_text(name: Any, data: Path | None) -> None:
+    """Raise the errors of `scoring_windows` that can be found without reading the text."""
+    if _name(name) == "pixel values":
+        raise ValueError("perplexity is measured on text or token ids, not on pixel values")
+    if not isinstance(name, str | Path):
+        return
     if name in TEXTS:
         check_corpus("python-docs" if name == "chats" else name, "scoring", data)
         return
     path = Path(name)
-    if not name or not (path.exists() or path.suffix):
+    if not str(name) or not (path.exists() or path.suffix):
         raise ValueError(
             f"unknown text {name!r}: give {', '.join(TEXTS)} or a file of text or input_ids"
             f"{did_you_mean(name, TEXTS)}"
@@ -423,12 +444,13 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
 
 
 def scoring_windows(
-    name: str, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
+    name: Any, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
 ) -> ScoringWindows:
     """Cut a text, or the rows of a file with input_ids, into windows that do not overlap.
 
     Args:
-        name: The text, see `load_scoring_text`, or a `.safetensors` file with input_ids.
+        name: The text, see `load_scoring_text`, or token ids: a tensor (N, T), or a `.safetensors`
+            file with input_ids.
         tokenizer: Loads the tokenizer of the model. It is not called for input_ids.
         seqlen: Tokens per window.
         options: Number of windows, BOS and data folder.
@@ -437,12 +459,13 @@ def scoring_windows(
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `load_scoring_text`.
             ValueError too if the text is shorter than a window.
     """
-    if name not in TEXTS and file_kind(Path(name)) == "safetensors":
-        refuse_bos(name, options.bos)
-        ids = read_ids(Path(name))
-        windows = _cut(ids, seqlen, f"{name}: its rows have")[: options.samples]
+    ids = name.long().cpu() if isinstance(name, torch.Tensor) else _ids_of_file(name)
+    if ids is not None:
+        source = _name(name)
+        refuse_bos(source, options.bos)
+        windows = _cut(ids, seqlen, f"{source}: its rows have")[: options.samples]
         how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
-        return ScoringWindows(windows.contiguous(), name, how, "given")
+        return ScoringWindows(windows.contiguous(), source, how, "given")
     loaded_tokenizer = tokenizer()
     token = bos_token(loaded_tokenizer, options.bos)
     text = load_scoring_text(name, options.data, loaded_tokenizer)
@@ -452,6 +475,12 @@ def scoring_windows(
     how = "no BOS added to windows" if token is None else "BOS first in every window"
     protocol = f"{text.protocol}, {how}"
     return ScoringWindows(windows, text.source, protocol, used_bos(token), loaded_tokenizer)
+
+
+def _ids_of_file(name: Any) -> torch.Tensor | None:
+    """The token ids of a file with input_ids; None for a text."""
+    is_file = isinstance(name, str | Path) and name not in TEXTS
+    return read_ids(Path(name)) if is_file and file_kind(Path(name)) == "safetensors" else None
 
 
 def _cut(ids: torch.Tensor, seqlen: int, what: str) -> torch.Tensor:

@@ -173,6 +173,14 @@ def _solve_shard(
     by_iteration = penalties(scaled, work.options.iterations or default_iterations)
     build = from_spectrum if data_limited else from_inverses
     operator = build(statistics, scaled, len(sum_OI))
+    first_row = shard.rows.start or 0
+
+    def mask(span: slice) -> Tensor:
+        """The mask of a span of rows, by the sum W + U; zeros that stay are not in it."""
+        rows = slice(first_row + span.start, first_row + span.stop)
+        score_SI = work.without_zeros(sum_OI[span].abs(), rows)
+        return work.without_zeros(keep_mask(score_SI, work.pattern, work.sparsity), rows)
+
     for iteration, (previous, penalty) in enumerate(pairwise([0.0, *by_iteration])):
         if penalty != previous:
             operator_II = operator(penalty)
@@ -180,7 +188,7 @@ def _solve_shard(
         for span in spans:
             sum_SI, target_SI = sum_OI[span], target_OI[span]
             if updates_mask:
-                keep_OI[span] = keep_mask(sum_SI.abs(), work.pattern, work.sparsity)
+                keep_OI[span] = mask(span)
             # `sparse` is Z, and `dual` is U. Below, `sparse` becomes Z − U − W₀ in place.
             sparse_SI = keep_OI[span] * sum_SI
             dual_SI = sum_SI - sparse_SI
@@ -193,7 +201,7 @@ def _solve_shard(
             torch.add(target_SI, dual_SI, alpha=2 - OVER_RELAXATION, out=sum_SI)
             sum_SI.add_(low_precision_product(sparse_SI, operator_II))
     for span in spans:
-        keep_OI[span] = keep_mask(sum_OI[span].abs(), work.pattern, work.sparsity)
+        keep_OI[span] = mask(span)
     max_steps = _DATA_LIMITED_STEPS if data_limited else _FINAL_STEPS
     rounded: Rounded = "all" if data_limited else "steps"
     solution_OI, steps = conjugate_gradients(

@@ -22,7 +22,7 @@ from prunus.methods.work import Pruned, PruneFunction, RowShard, Work
 
 
 def compose(method: Method, options: MethodOptions) -> Method:
-    """Add the steps that `options` choose to a method: dense targets, weight update.
+    """Add the steps that `options` choose to a method: zeros that stay, dense targets, update.
 
     Args:
         method: The method that chooses the mask.
@@ -39,13 +39,15 @@ def compose(method: Method, options: MethodOptions) -> Method:
     """
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
-    if not (updates or uses_dense_target):
-        return method
     function: PruneFunction = method.apply
     if updates:
         function = partial(_then_update, function)
     if uses_dense_target:
         function = partial(_on_dense_target, function)
+    if options.keep_zeros:
+        function = partial(_keeping_zeros, function)
+    if not (updates or uses_dense_target):
+        return replace(method, function=function) if options.keep_zeros else method
     return replace(
         method,
         function=function,
@@ -91,6 +93,20 @@ def rounding_method(rounding: str, options: MethodOptions) -> Method:
 # --- the steps: each takes what comes before or after it as a function of one linear ---
 
 
+def _keeping_zeros(
+    step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
+) -> Pruned:
+    """A step for which the zeros of the trained weight stay zero.
+
+    A method of one's own may know nothing of such zeros. So whatever it makes of them is removed.
+    """
+    work = replace(work, zero_OI=weight_OI == 0)
+    pruned = step(weight_OI, statistics, work)
+    weight_OI = work.without_zeros(pruned.weight_OI, slice(None))
+    keep_OI = work.without_zeros(pruned.keep_OI, slice(None))
+    return replace(pruned, weight_OI=weight_OI, keep_OI=keep_OI)
+
+
 def _on_dense_target(
     step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> Pruned:
@@ -110,7 +126,8 @@ def _then_update(
     Masks may compare all rows, but the update works within a row. So the step runs on its own, and
     the update is split over processes.
     """
-    pruned = step(weight_OI, statistics, work)
+    pruned = step(work.without_zeros(weight_OI, slice(None)), statistics, work)
+    pruned.keep_OI = work.without_zeros(pruned.keep_OI, slice(None))
     return work.rows.solve(
         len(weight_OI),
         1,

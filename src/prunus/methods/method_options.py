@@ -62,6 +62,7 @@ class MethodOptions(UpdateOptions):
         iterations: The iterations of method alps, at least 1.
         weight_update: How the kept weights are fitted after the method; see
             `solvers/least_squares.py`.
+        keep_zeros: Whether weights that are zero already stay zero, also in updates of weights.
         ria_power: The power of the input norms in RIA's score, in [0, 2].
         mask_from: The score of the mask of method obs.
         block_size: The columns of a block: of the groups "block" and "block-row", and of the mask
@@ -90,6 +91,14 @@ class MethodOptions(UpdateOptions):
             panel=METHOD,
         ),
     ] = "none"
+    keep_zeros: Annotated[
+        bool,
+        Option(
+            "Keep weights zero that are zero already, also in updates. The zeros to make include "
+            "them.",
+            panel=METHOD,
+        ),
+    ] = False
     ria_power: Annotated[
         float,
         Option(

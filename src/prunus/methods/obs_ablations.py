@@ -43,10 +43,11 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     options = work.options
 
     if options.mask_order == "before":
+        scored_OI = work.without_zeros(weight_OI, slice(None))
         if options.mask_from == "magnitude":
-            keep_OI = magnitude_mask(weight_OI, work.pattern, work.sparsity)
+            keep_OI = magnitude_mask(scored_OI, work.pattern, work.sparsity)
         else:
-            score_OI = wanda_score(weight_OI, statistics)
+            score_OI = wanda_score(scored_OI, statistics)
             keep_OI = keep_mask(score_OI, work.pattern, work.sparsity)
 
         def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:

@@ -155,6 +155,7 @@ class Work:
             reproduces its masks and is slower; see `solvers/obs.py`.
         quantization: How the weight is quantised at the end; None where it is not.
         linear: Which linear it is; None if a method is called without a run around it.
+        zero_OI: bool, True for weights that are zero and stay zero; None if zeros may change.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -164,6 +165,25 @@ class Work:
     reference_order: bool = False
     quantization: GroupQuantizer | NearestRounding | None = None
     linear: LinearPlace | None = None
+    zero_OI: Tensor | None = None
+
+    def without_zeros(self, tensor_OB: Tensor, rows: slice, start: int = 0) -> Tensor:
+        """Values with 0, or a mask with False, for the weights that stay zero.
+
+        Of such values the scores are lowest, so that these weights are the first to be removed.
+
+        Args:
+            tensor_OB: Values or a mask for some rows and columns of the linear.
+            rows: Which rows these are.
+            start: The first of the columns.
+
+        >>> work = Work(zero_OI=torch.tensor([[True, False]]))
+        >>> work.without_zeros(torch.tensor([[3.0, 4.0]]), slice(None))
+        tensor([[0., 4.]])
+        """
+        if self.zero_OI is None:
+            return tensor_OB
+        return tensor_OB.masked_fill(self.zero_OI[rows, start : start + tensor_OB.shape[1]], 0)
 
 
 #: From a weight (O, I) float32, the statistics of its inputs and the work to the result.

@@ -56,7 +56,7 @@ from prunus.recovery.training import Step, Training
 from prunus.structure.structure_record import StructureRecord
 
 # Options of other runs. A whole model is trained, as transformers defines it.
-_NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
+_NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code", "measure_error")
 
 
 def _shown(step: Step) -> Shown:

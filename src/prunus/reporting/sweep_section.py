@@ -35,7 +35,13 @@ from prunus.reporting.evaluation_sections import (
     quality_charts,
     tasks_table,
 )
-from prunus.sweeping.results import DENSE, CellResult, SweepResults, SweptModel
+from prunus.sweeping.results import (
+    DENSE,
+    CellResult,
+    SweepResults,
+    SweptModel,
+    varying_options,
+)
 
 # State of a cell -> what a run of the sweep would do with it.
 _WHAT_WOULD_HAPPEN = {
@@ -283,21 +289,19 @@ class _Comparison:
 
 def _row_names(cells: Sequence[CellResult], axis: _Axis) -> list[str]:
     """For each cell the method, and the options that vary among the cells of the method."""
-    recipes: dict[str, list[dict[str, Any]]] = {}
+    by_method: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        recipes.setdefault(cell.recipe.method, []).append(cell.recipe.model_dump())
-    varying = {
-        method: [key for key in same[0] if any(other[key] != same[0][key] for other in same)]
-        for method, same in recipes.items()
-    }
+        options = cell.options()
+        by_method.setdefault(options["method"], []).append(options)
+    varying = {method: varying_options(same) for method, same in by_method.items()}
     names = []
     for cell in cells:
-        values = cell.recipe.model_dump(exclude={*axis.fields, "seed"})
+        options = cell.options()
         parts = [
-            f"{key.replace('_', ' ')} {values[key]}"
-            for key in varying[cell.recipe.method]
-            if key in values
+            f"{key.replace('_', ' ')} {options[key]}"
+            for key in varying[options["method"]]
+            if key in options and key not in (*axis.fields, "seed")
         ]
         parts += [f"recovered by {cell.recovery}"] if cell.recovery is not None else []
-        names.append(", ".join([cell.recipe.method, *parts]))
+        names.append(", ".join([options["method"], *parts]))
     return names

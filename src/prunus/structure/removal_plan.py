@@ -172,6 +172,8 @@ def plan_structure(
         raise ValueError(
             "nothing is to be removed: give `experts` 0.25 or `blocks` 0.1, for example"
         )
+    if options.measure_error:
+        raise ValueError("prunus shrink has no option `measure_error`; leave it out")
     opened = open_model(model, options, session)
     require_causal(opened.source.config, "prunus shrink")
     facts = run_facts(

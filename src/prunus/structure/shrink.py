@@ -38,7 +38,7 @@ from prunus.structure.step import ShrinkStep
 from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
 
 
-@takes(StructureRecipe, RunOptions)
+@takes(StructureRecipe, RunOptions, without=("measure_error",))
 def shrink(
     model: str | Path,
     output: str | Path,

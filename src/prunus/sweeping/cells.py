@@ -147,7 +147,8 @@ class Runner:
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
             cell.pruning = manifest.summary()
-        if get_method(cell.recipe.method).needs != "none":
+        needs = get_method(cell.recipe.method).needs
+        if needs != "none" or self.options.measure_error:
             cell.pruning["calibration"] = calibration_words(manifest)
             cell.pruning["calibration_sha256"] = manifest.inputs.calibration_sha256
         self._save()

@@ -6,7 +6,7 @@ The sweep writes them and the report reads them. The two share only this file an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -99,6 +99,8 @@ class CellResult(SweptModel):
         name: Unique name, which is also the name of the cell's folder.
         model: Label of the dense model.
         recipe: How it is pruned.
+        method_name: The name of its method, which a recipe with a method of one's own does not
+            have; empty in results of versions before 0.5.
         recovery: Name of the table of the recovery; None for a cell without one.
         recovers: Name of the cell whose weights are recovered; None for a cell without a recovery.
     """
@@ -106,8 +108,15 @@ class CellResult(SweptModel):
     name: str
     model: str
     recipe: Recipe
+    method_name: str = ""
     recovery: str | None = None
     recovers: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options of the recipe with those of a method of one's own, and the method's name."""
+        values = self.recipe.model_dump()
+        own = values.pop("method_options")
+        return values | own | {"method": self.method_name or self.recipe.method}
 
 
 class DenseResult(SweptModel):
@@ -161,14 +170,14 @@ class SweepResults(RecordPart):
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, folder: Path) -> SweepResults:
+    def load(cls, folder: str | Path) -> SweepResults:
         """The results in the folder of a sweep.
 
         Raises:
             FileNotFoundError: The folder has no results.
             ValueError: The file is damaged, or another version of prunus wrote it.
         """
-        path = folder / cls.FILE
+        path = Path(folder) / cls.FILE
         if not path.exists():
             raise FileNotFoundError(
                 f"{folder} has no {cls.FILE}: it is not the output of prunus sweep"
@@ -188,16 +197,15 @@ class SweepResults(RecordPart):
         What it is: the cell, the model, the method, its pattern, sparsity and seed, the options
         that vary among the cells, and the recovery.
         """
-        recipes = [cell.recipe.model_dump() for cell in self.cells]
-        varying = [key for key in Recipe.model_fields if len({repr(x[key]) for x in recipes}) > 1]
+        varying = varying_options([cell.options() for cell in self.cells])
         texts = short_names(self.scoring["texts"])
         rows = []
         for name, label, model in self.every_model():
             row: dict[str, Any] = {"cell": name, "model": label}
             row |= dict.fromkeys((*_ALWAYS, *varying, "recovery")) | {"method": DENSE}
             if isinstance(model, CellResult):
-                recipe = model.recipe.model_dump()
-                row |= {key: recipe[key] for key in (*_ALWAYS, *varying)}
+                options = model.options()
+                row |= {key: options.get(key) for key in (*_ALWAYS, *varying)}
                 row["recovery"] = model.recovery
             size = model.size.figures() if model.size else {}
             for text, short in texts.items():
@@ -228,7 +236,7 @@ class SweepResults(RecordPart):
         forms |= FORMS | {f"{key}, {text}": form for text in texts for key, form in FORMS.items()}
         forms |= dict.fromkeys(("zeros", "relative output error", "removed energy"), ".2%")
         forms |= dict.fromkeys(("pruning seconds", "recovery seconds"), ",.1f")
-        named = {"cell", "model", "recovery", *Recipe.model_fields}
+        named = {"cell", "model", "recovery"}.union(*(cell.options() for cell in self.cells))
         figures = [
             {"model": row["cell"]} | {key: x for key, x in row.items() if key not in named}
             for row in rows
@@ -243,6 +251,16 @@ class SweepResults(RecordPart):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+def varying_options(options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The options that differ between cells; a method of one's own may have some that others lack.
+
+    >>> varying_options([{"seed": 0, "power": 1}, {"seed": 0}])
+    ['power']
+    """
+    names = dict.fromkeys(name for each in options for name in each)
+    return [name for name in names if len({repr(each.get(name)) for each in options}) > 1]
 
 
 def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:

@@ -22,6 +22,7 @@ from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_runner import prepare_tasks
 from prunus.hardware.machine import describe_hardware, versions
+from prunus.methods import get_method
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
@@ -130,11 +131,13 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
     if not fresh:
         _merge_earlier(SweepResults.load(output), results, output)
     for cell in results.cells:
-        if cell.recovers is None and cell.state != "done":
+        if cell.state != "done":
             try:
+                cell.method_name = get_method(cell.recipe.method).name
                 # With dtype "auto" plan_run would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
-                plan_run(models[cell.model].path, recipe, options)
+                if cell.recovers is None:
+                    plan_run(models[cell.model].path, recipe, options)
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results

@@ -16,7 +16,7 @@ from prunus.hardware.machine import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.recipe import Recipe
-from tiny import shards, tiny_checkpoint, token_ids
+from tiny import shards, tiny_checkpoint, token_ids, weights
 
 
 class Experts(nn.Module):
@@ -234,3 +234,54 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, calibration_data=ids)
         assert plan_run(dense, recipe, options).memory.budget == budget
+
+
+# --- the output error of methods that need no Gram matrix ---
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+def test_the_output_error_of_any_method_can_be_measured_and_changes_no_weight(
+    method, family, tmp_path
+):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    ids = token_ids(16, 32)
+    options = {"method": method, "calibration": ids}
+    plain = prunus.prune(dense, tmp_path / "plain", **options)
+    measured = prunus.prune(dense, tmp_path / "out", measure_error=True, **options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "plain")
+    assert plain.summary()["mean_relative_output_error"] is None
+    assert measured.summary()["mean_removed_energy"] is None
+    linears = [linear for block in measured.blocks for linear in block.linears.values()]
+    assert all(0 < linear.relative_output_error < 1 for linear in linears)
+    # The first linear sees what the dense model gives it.
+    before, after = weights(dense), weights(tmp_path / "out")
+    norm = "model.layers.0.input_layernorm.weight"
+    X = torch.nn.functional.rms_norm(
+        before["model.embed_tokens.weight"][ids.flatten()], (32,), before[norm], 1e-6
+    ).double()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    outputs, changed = (X @ of[name].double().T for of in (before, after))
+    expected = float((outputs - changed).square().sum() / outputs.square().sum())
+    error = measured.blocks[0].linears["self_attn.q_proj"].relative_output_error
+    assert error == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_with_the_output_error_is_planned_with_its_memory_and_not_mixed_with_others(
+    dense, tmp_path
+):
+    options = {"method": "wanda", "calibration": token_ids(8, 16)}
+
+    def least_memory(method: str, measure_error: bool) -> int:
+        recipe = Recipe(method=method, calibration="token ids", samples=8, seqlen=16)
+        how = RunOptions(measure_error=measure_error, calibration_data=token_ids(8, 16))
+        return plan_run(dense, recipe, how).memory.least_bytes
+
+    with_norms, with_gram = (least_memory("wanda", measured) for measured in (False, True))
+    sparsegpt = least_memory("sparsegpt", False)
+    assert with_norms < with_gram == sparsegpt
+    prunus.prune(dense, tmp_path / "out", **options)
+    with pytest.raises(FileExistsError, match=r"another measure_error \(False, now True\)"):
+        prunus.prune(dense, tmp_path / "out", measure_error=True, **options)
+    with pytest.raises(ValueError, match="shrink has no option `measure_error`"):
+        prunus.shrink(dense, tmp_path / "small", measure_error=True, blocks=1)

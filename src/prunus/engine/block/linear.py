@@ -97,7 +97,7 @@ def prune_linear(
     notes: dict[str, Any] = {}
     statistics.check_finite(full_name)
     tokens = statistics.tokens
-    if tokens == 0 and method.needs != "none":
+    if tokens == 0 and statistics.spec.needs != "none":
         # No input was seen, so no weight can be preferred because of its inputs.
         statistics = InputStatistics.of_equal_inputs(
             statistics.in_features, statistics.spec, statistics.sum_squares_I.device
@@ -165,7 +165,7 @@ def _output_error(
     With the Gram matrix G = XᵀX and the change D = W − Ŵ, the lost energy of the outputs is
     ‖XDᵀ‖² = tr(D G Dᵀ) = Σ (D G) ⊙ D. Divided by that of W in place of D, it is the relative output
     error. With norms alone, G is taken as diagonal, and the same quotient is the removed energy;
-    see `LinearRecord`. Both are None for a method that needs no statistics.
+    see `LinearRecord`. Both are None for a run that keeps no statistics.
 
     Args:
         before_OI: The stored weight, float32.

@@ -310,12 +310,11 @@ class BlockPruner:
             self.stream.advance(reconstruction.suffix or self.stream.forward(state.index, module))
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
-        """Empty statistics of the inputs of a linear, with all that the method needs."""
+        """Empty statistics of the inputs of a linear, with all that the run needs."""
         plan, in_features = self.plan, linear.shape[1]
-        method = plan.method
         drift: Drift = "some" if plan.drift_stride > 1 else "all"
         spec = StatisticsSpec(
-            needs=method.needs,
+            needs=plan.needs,
             drift=drift if plan.uses_dense_target(in_features) else "none",
             reference_order=plan.work.reference_order,
             rounded=self.round_as is not None,  # masks would show it, and integers do not

@@ -68,7 +68,8 @@ def prune_by_obs(
         statistics: With a Gram matrix.
         work: Its `damping` is λ, a share of the mean diagonal; None means `DAMPING`.
         choose: Chooses the mask of the next columns, once all columns to their left are pruned: M
-            columns for N:M, else the `block_size` of the pattern.
+            columns for N:M, else the `block_size` of the pattern. For weights that stay zero it
+            sees zeros, whatever the columns to their left have made of them.
 
     Returns:
         Mask and weights. The notes have what `inverse_factor` says of the damping.
@@ -80,8 +81,14 @@ def prune_by_obs(
     assert gram_II is not None, "the update needs a Gram matrix"
     damping = DAMPING if work.options.damping is None else work.options.damping
     widths = _span_and_block(work.pattern)
+
+    def choose_others(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
+        seen_OB = work.without_zeros(weight_OB, shard.rows, start)
+        keep_OB = choose(seen_OB, start, diagonal_B, shard)
+        return work.without_zeros(keep_OB, shard.rows, start)
+
     if work.reference_order:
-        pruned = _sweep_in_reference_order(weight_OI, gram_II, damping, widths, choose)
+        pruned = _sweep_in_reference_order(weight_OI, gram_II, damping, widths, choose_others)
         if pruned is not None:
             return pruned
     # Linears with the same input share one factor: it is computed for the first of them.
@@ -92,7 +99,7 @@ def prune_by_obs(
 
     def solve(shard: RowShard) -> Pruned:
         shard_OI = weight_OI[shard.rows]
-        updated_OI, keep_OI = _sweep(shard_OI, factor_II, dead_I, widths, choose, shard)
+        updated_OI, keep_OI = _sweep(shard_OI, factor_II, dead_I, widths, choose_others, shard)
         return Pruned(updated_OI, keep_OI, dict(notes))
 
     return work.rows.solve(len(weight_OI), 1, solve)
