@@ -38,7 +38,6 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
-from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
@@ -389,6 +388,9 @@ def plan_run(
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
     """The recipe's method with its weight update, or rounding, and what the run asks of it."""
     if not isinstance(recipe, PruningOptions):
+        # What only compress needs is loaded by compress.
+        from prunus.methods.rounding_method import rounding_method
+
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
         return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)

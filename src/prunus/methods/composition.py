@@ -1,4 +1,4 @@
-"""One method out of several steps: dense targets, a mask, weights; or dense targets and rounding.
+"""One method out of several steps: dense targets, a mask, weights.
 
 Every step is a pure tensor function, and so is their composition. The rest of the program calls
 the composed method and does not know its steps.
@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from prunus.methods.dense_targets import dense_target, has_drift
-from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.method_options import MethodOptions
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
@@ -45,7 +44,7 @@ def compose(method: Method, options: MethodOptions) -> Method:
     if updates:
         function = partial(_then_update, function)
     if uses_dense_target:
-        function = partial(_on_dense_target, function)
+        function = partial(on_dense_target, function)
     return replace(
         method,
         function=function,
@@ -59,39 +58,10 @@ def compose(method: Method, options: MethodOptions) -> Method:
     )
 
 
-def rounding_method(rounding: str, options: MethodOptions) -> Method:
-    """A method that removes nothing and rounds each weight, as `Work.quantization` says.
-
-    Args:
-        rounding: "feedback", where later columns correct the errors of earlier ones, or "nearest",
-            each weight by itself, which reads no statistics of the inputs.
-        options: The options that the `Work` of every linear will have too.
-
-    >>> rounding_method("feedback", MethodOptions(dense_weight=0.25)).needs_drift
-    True
-    """
-    feedback = rounding == "feedback"
-    uses_dense_target = feedback and options.dense_weight != 0
-    return Method(
-        name="rounding",
-        summary="round each weight to a type of the format",
-        function=(
-            partial(_on_dense_target, quantize_in_groups)
-            if uses_dense_target
-            else quantize_in_groups
-        ),
-        needs="gram" if feedback else "none",
-        updates_weights=True,
-        needs_drift=uses_dense_target,
-        # Its ridge is small against the inputs with the largest norms.
-        adds_ridge=False,
-    )
-
-
 # --- the steps: each takes what comes before or after it as a function of one linear ---
 
 
-def _on_dense_target(
+def on_dense_target(
     step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> Pruned:
     """A step on the dense target, as if that were the trained weight."""

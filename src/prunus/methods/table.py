@@ -145,7 +145,7 @@ iterations, weight_update, ria_power, mask_from, mask_order, block_size; did you
         """
         from prunus.methods.work import unchanged
 
-        if work.quantization is None and work.pattern.removes_nothing(work.sparsity):
+        if work.rounding is None and work.pattern.removes_nothing(work.sparsity):
             return unchanged(weight_OI)
         function = self.function
         if isinstance(function, str):

@@ -52,9 +52,8 @@ from prunus.engine.reconstruction.reconstruct_block import (
 from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.group_quantizer import GroupedWeight
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
-from prunus.methods.work import LinearPlace
+from prunus.methods.work import LinearPlace, Rounded
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 
@@ -412,7 +411,7 @@ class BlockState:
     reconstruction: BlockReconstruction | None
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    rounded: dict[str, GroupedWeight] = field(default_factory=dict)
+    rounded: dict[str, Rounded] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property
