@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from prunus.methods.dense_targets import dense_target, has_drift
 from prunus.methods.method_options import MethodOptions
-from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import Pruned, PruneFunction, RowShard, Work
@@ -59,16 +56,20 @@ def compose(method: Method, options: MethodOptions) -> Method:
 
 
 # --- the steps: each takes what comes before or after it as a function of one linear ---
+#
+# As the file of a method, what a step computes with is loaded for the first linear.
 
 
 def on_dense_target(
     step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> Pruned:
     """A step on the dense target, as if that were the trained weight."""
+    from prunus.methods.dense_targets import dense_target, target_notes
+
     options = work.options
     target_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
     pruned = step(target_OI, statistics, work)
-    pruned.notes.update(_target_notes(statistics))
+    pruned.notes.update(target_notes(statistics))
     return pruned
 
 
@@ -96,14 +97,7 @@ def _update_rows(
     shard: RowShard,
 ) -> Pruned:
     """The kept weights of some rows, fitted; `weight_OI` and `pruned` have all rows."""
+    from prunus.methods.solvers.least_squares import fit_least_squares
+
     start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
     return fit_least_squares(weight_OI[shard.rows], start, statistics, damping, shard)
-
-
-def _target_notes(statistics: InputStatistics) -> dict[str, Any]:
-    """What the record says of a linear that has no dense target: why there is none."""
-    if statistics.drift_II is None:
-        return {"dense_targets": "pruned: too few tokens for this many inputs"}
-    if not has_drift(statistics):
-        return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
-    return {}
