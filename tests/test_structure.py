@@ -16,6 +16,9 @@ import prunus
 #: The statements that the package and its tests aim at, and the room above the aim. Docstrings,
 #: comments, blank lines and doctests are free; CONTRIBUTING.md says what to do at the limit.
 SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 15_450, 13_900, 1.03
+#: The most modules of the package that `prunus.prune`, and a folder of MLX, may load. A reader of
+#: either opens some of them and no others.
+PRUNING_MODULES, MLX_MODULES = 75, 100
 #: The most lines of code in a file, without its docstrings, comments and blank lines.
 FILE_LINES = 400
 
@@ -152,12 +155,22 @@ def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
                 assert count <= 30, f"{path}: {node.name} has {count} methods"
 
 
-def test_a_folder_of_mlx_is_planned_without_gguf():
-    code = (
-        "import sys, prunus.compression.compress; from prunus.model.formats import format_named; "
-        "format_named('mlx').load(); sys.exit('prunus.formats.gguf' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def loaded(code: str) -> set[str]:
+    """The modules of the package that a new interpreter has loaded after this code."""
+    shown = f"import sys, prunus; {code}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", shown], check=True, capture_output=True, text=True)
+    return {name for name in done.stdout.split() if name.partition(".")[0] == "prunus"}
+
+
+def test_pruning_can_be_read_alone_and_a_folder_of_mlx_without_gguf():
+    pruning = loaded("prunus.prune")
+    assert len(pruning) <= PRUNING_MODULES, sorted(pruning)
+    rounding = {"group_quantizer", "group_fits", "group_sweep", "codebooks", "rounding_method"}
+    assert not pruning & {f"prunus.methods.{name}" for name in rounding}
+    assert not any(name.startswith(("prunus.formats", "prunus.compression")) for name in pruning)
+    mlx = loaded("prunus.compress; prunus.model.formats.format_named('mlx').load()")
+    assert len(mlx) <= MLX_MODULES, sorted(mlx)
+    assert "prunus.formats.gguf" not in mlx
 
 
 def test_nothing_is_unpickled_or_executed():

@@ -95,7 +95,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr(
-        "prunus.engine.linear_plan.measuring_memory", lambda plan, quantizes: needed
+        "prunus.engine.loss_sensitivity.measuring_memory", lambda plan, quantizes: needed
     )
     command = Compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     assert_refused(ValueError, "measuring how the loss depends on each linear needs", command.plan)

@@ -57,6 +57,18 @@ def test_every_option_is_in_the_reference(reference):
     assert options <= {option for parameter in parameters for option in parameter.opts}
 
 
+def test_the_architecture_lists_files_that_exist_and_few_until_bytes_are_on_disk():
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lists = re.findall(r"```text\n(.*?)```", text, re.DOTALL)[:3]
+    within, prune, compress = ([*re.findall(r"[\w/]+\.py", each)] for each in lists)
+    known = {path.as_posix() for path in (REPOSITORY / "src" / "prunus").rglob("*.py")}
+    for name in (*within, *prune, *compress):
+        assert any(path.endswith(f"/{name}") for path in known), name
+    assert len(within) + len(prune) <= 30
+    # Three of pruning/, and the score and the mask, are not on the way of compress.
+    assert len(within) + len(prune) - 5 + len(compress) <= 45
+
+
 def test_pages_of_the_root_have_links_that_work_in_the_site(reference):
     text = reference.root_file("README.md")
     assert "](docs/" not in text

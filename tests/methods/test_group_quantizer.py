@@ -15,9 +15,8 @@ from prunus.kernels.library import ISAS
 from prunus.methods import InputStatistics, Work, group_sweep
 from prunus.methods.codebooks import find_codewords
 from prunus.methods.group_fits import fit_scales, round_in_groups, rounded_rows, span_fit
-from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
 from prunus.methods.solvers.obs import inverse_factor
-from prunus.methods.work import NearestRounding
 from refusals import assert_refused
 
 pytest.importorskip("gguf", reason="the package gguf is the reference, and has the codebooks")
@@ -182,7 +181,7 @@ def test_zeros_stay_zeros():
 def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
     monkeypatch.setattr(group_sweep, "_LEADING", LEADING)
     weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
-    found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
+    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
 
     # Large inputs first: spans, groups within a span, columns within a group. Columns whose signs
     # and magnitudes are chosen together stay together.
@@ -249,14 +248,14 @@ def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
     rounded_OI *= gain_O[:, None]
     scale = float(rounded_OI.abs().max())
     assert ((found.weight_OI - rounded_OI).abs() > 0.003 * scale).float().mean() < 0.02
-    assert torch.equal(found.weight_OI, found.quantized.dense())
+    assert torch.equal(found.weight_OI, found.rounded.dense())
 
 
 @every_quantizer
 def test_feedback_lowers_the_error_of_the_outputs(quantizer):
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     gram_II = statistics.gram_II
-    found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
+    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
     rounded_OI = round_in_groups(weight_OI, quantizer, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
 
@@ -324,7 +323,7 @@ def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatc
 def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
     """Rounding alone makes them shorter, by 5 % and more at two bits."""
     weight_OI, statistics = torch.randn(8, 512) / 20, statistics_of(512)
-    found = quantize_in_groups(weight_OI, statistics, Work(quantization=quantizer))
+    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
     weighted_OI = weight_OI @ statistics.gram_II
     kept_O = (weighted_OI * found.weight_OI).sum(1) / (weighted_OI * weight_OI).sum(1)
     # A scale that is a power of two cannot hold the factor that makes them as long.
@@ -333,12 +332,12 @@ def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
 
 def test_processes_that_share_the_rows_get_the_same_weight():
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
-    nearest = NearestRounding(TYPES["Q4_K"], statistics.sum_squares_I.float())
-    for quantization in (TYPES["Q4_K"], nearest):
-        work = Work(quantization=quantization)
+    nearest = GroupRounding(TYPES["Q4_K"], statistics.sum_squares_I.float())
+    for rounding in (GroupRounding(TYPES["Q4_K"]), nearest):
+        work = Work(rounding=rounding)
         alone = quantize_in_groups(weight_OI, statistics, work)
         shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
         assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
-        assert torch.equal(shared.weight_OI, shared.quantized.dense())
+        assert torch.equal(shared.weight_OI, shared.rounded.dense())
     expected = round_in_groups(weight_OI, *nearest)
     assert torch.equal(shared.weight_OI, expected.dense())

@@ -31,9 +31,8 @@ from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.errors import naming
 from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
-from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import NearestRounding
 from prunus.model.checkpoint.tensor_files import Writable
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
@@ -89,10 +88,9 @@ def type_rounding(
     if said := size_plan.said(choice):
         session.tell(said)
 
-    def round_as(name: str) -> GroupQuantizer | NearestRounding:
+    def round_as(name: str) -> GroupRounding:
         """A linear with an importance is rounded to nearest, the others with feedback."""
-        quantizer, importance_I = choice.quantizers[name], choice.importances.get(name)
-        return quantizer if importance_I is None else NearestRounding(quantizer, importance_I)
+        return GroupRounding(choice.quantizers[name], choice.importances.get(name))
 
     def encode(name: str, weight: GroupedWeight) -> dict[str, Tensor]:
         return codec.encode(source.weight_key(name), weight, source.weight_dtype(name))
@@ -154,11 +152,11 @@ def _rounded(
     with naming(key):
         if head is None:
             return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
-        work = replace(plan.work, quantization=quantizer)
+        work = replace(plan.work, rounding=GroupRounding(quantizer))
         parts = []
         for rows_OI in weight_OI.split(_HEAD_ROWS):
             rows_OI = rows_OI.to(plan.device, torch.float32)
-            grouped = quantize_in_groups(rows_OI, head, work).quantized
+            grouped = quantize_in_groups(rows_OI, head, work).rounded
             assert isinstance(grouped, GroupedWeight)
             parts.append(grouped.data_OB.cpu())
         return GroupedWeight(quantizer, torch.cat(parts))

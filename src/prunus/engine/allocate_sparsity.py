@@ -23,7 +23,7 @@ _PART = 0.75
 def allocate(
     plan: LinearPlan, session: Session, ids: torch.Tensor, digests: dict[str, str]
 ) -> dict[str, float]:
-    """The sparsity of every linear that is pruned: full name -> sparsity; empty for "uniform".
+    """The sparsity of every linear that is pruned: full name -> sparsity.
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
     row, so the mean may fall short by less than one column of one linear.
@@ -36,8 +36,6 @@ def allocate(
             hashes are added.
     """
     sparsity = plan.work.sparsity
-    if not plan.recipe.allocates:
-        return {}
     shapes = {name: linear.shape for name, linear in plan.selected_linears().items()}
     sparsities = [sparsity] * len(shapes)
     if sparsity > 0:

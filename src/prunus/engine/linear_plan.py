@@ -21,11 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.open_model import open_model, run_facts
-from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
     OpenModel,
@@ -38,8 +35,6 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
-from prunus.methods.composition import rounding_method
-from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.methods.table import method_sha256
@@ -200,6 +195,9 @@ class LinearPlan(RunPlan):
         """Bytes of that measurement; 0 without one."""
         if not self.measures_loss:
             return 0
+        # The measurement is loaded by the runs that make it.
+        from prunus.engine.loss_sensitivity import measuring_memory
+
         memory = measuring_memory(self, self.recipe.rounds == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
 
@@ -235,7 +233,12 @@ class LinearPlan(RunPlan):
 
     def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with this many inputs also uses its inputs in the dense model."""
-        return self.method.needs_drift and drift_is_worthwhile(in_features, self.tokens)
+        if not self.method.needs_drift:
+            return False
+        # Dense targets, and the solver below them, are loaded by the runs that use them.
+        from prunus.methods.dense_targets import drift_is_worthwhile
+
+        return drift_is_worthwhile(in_features, self.tokens)
 
     @functools.cached_property
     def drift_stride(self) -> int:
@@ -248,6 +251,8 @@ class LinearPlan(RunPlan):
         trained = self.recipe.training.blocks
         if trained == "all" or not method.needs_drift:
             return 1
+        from prunus.engine.block.dense_stream import drift_stride_for
+
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
         stride = drift_stride_for(
@@ -276,6 +281,25 @@ class LinearPlan(RunPlan):
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
         return extra
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """What a run says about the reconstruction of all its blocks.
+
+    Attributes:
+        epochs: Passes over the training batches; None for the block's `default_schedule`.
+        dtype: Dtype of matrix products and activations, float32 or bfloat16.
+        last_only: Only the last block is reconstructed.
+    """
+
+    epochs: int | None
+    dtype: torch.dtype
+    last_only: bool = False
+
+    def applies_to(self, index: int, blocks: int) -> bool:
+        """Whether block `index` of a model with this many `blocks` is reconstructed."""
+        return not self.last_only or index == blocks - 1
 
 
 def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -391,6 +415,9 @@ def plan_run(
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
     """The recipe's method with its weight update, or rounding, and what the run asks of it."""
     if not isinstance(recipe, PruningOptions):
+        # What only compress needs is loaded by compress.
+        from prunus.methods.rounding_method import rounding_method
+
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
         return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)

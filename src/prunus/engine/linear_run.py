@@ -18,7 +18,6 @@ import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.distributed import fail_together, on_rank_0
-from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
 from prunus.engine.linear_record import LinearsRecord
@@ -77,7 +76,10 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
         """Decide the sparsity of every linear. A resumed run takes it from its record."""
         record = run.record
-        if not record.allocation:
+        if run.plan.recipe.allocates and not record.allocation:
+            # The rule, and the measurement that it needs, are loaded by the runs that allocate.
+            from prunus.engine.allocate_sparsity import allocate
+
             with fail_together():
                 record.allocation = allocate(run.plan, run.session, run.windows, record.measured)
             record.allocation = on_rank_0(lambda: record.allocation)

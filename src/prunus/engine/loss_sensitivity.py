@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from prunus.engine.block.hooks import output_hooks, tokens_of
-from prunus.engine.memory_plan import BlockMemory
-from prunus.engine.reconstruction.reconstruct_block import activation_bytes
+from prunus.engine.memory_plan import BlockMemory, activation_bytes
 from prunus.engine.run_plan import HashedSource, RunPlan
 from prunus.engine.session import Session
 from prunus.hardware.errors import naming

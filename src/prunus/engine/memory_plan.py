@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Tokens per window whose logits are in memory at a time. With a vocabulary of 150,000, these are
+#: 77 MB per window and tensor in float32.
+CHUNK_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class BlockMemory:
@@ -182,3 +186,24 @@ def transient_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int
     1440
     """
     return tokens * (6 * hidden + 3 * widest) * itemsize
+
+
+def activation_bytes(
+    tokens: int, window_tokens: int, hidden: int, widest: int, heads: int, itemsize: int
+) -> int:
+    """Bytes of the activations of a block that a backward pass needs.
+
+    Args:
+        tokens: Number of tokens in a batch.
+        window_tokens: Number of tokens in a window. Attention is among these.
+        hidden: Size of the hidden states.
+        widest: Inputs or outputs of the widest linear, whichever are more.
+        heads: Number of attention heads.
+        itemsize: Bytes per number.
+
+    Per token these are about 24 hidden states (the residual stream before and after both parts,
+    two norms with their statistics, queries, keys, values, outputs, and the gradients of as many),
+    eight activations of the widest linear (gate, up, their product and its gradients), and four
+    rows of attention scores per head: before and after the softmax, with gradients.
+    """
+    return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)

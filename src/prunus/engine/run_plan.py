@@ -14,9 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.engine.memory_plan import BlockMemory, Memory, paused_bytes, transient_bytes
-from prunus.engine.reconstruction.output_loss import CHUNK_TOKENS
-from prunus.engine.reconstruction.reconstruct_block import activation_bytes, in_front_of_head
+from prunus.engine.memory_plan import (
+    CHUNK_TOKENS,
+    BlockMemory,
+    Memory,
+    activation_bytes,
+    paused_bytes,
+    transient_bytes,
+)
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import Walk
 from prunus.hardware.machine import process_memory
@@ -249,7 +254,7 @@ def _block_memory(plan: RunPlan, index: int, dense: bool, trained: bool, extra: 
         working += 7 * 4 * parameters
         heads = int(getattr(plan.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += activation_bytes(batch_tokens, window_tokens, hidden, widest, heads, 4)
-        if in_front_of_head(plan.skeleton, index):
+        if plan.skeleton.is_in_front_of_head(index):
             # The head, and for some tokens the logits of both models; see `divergence_loss`.
             per_token = hidden * itemsize + 24 * CHUNK_TOKENS * plan.batch
             transient += plan.skeleton.vocabulary * per_token

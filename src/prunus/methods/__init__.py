@@ -23,6 +23,7 @@
     codebooks.py      several columns share a row of a grid: their fit
     group_sweep.py    rounding in groups with feedback: the OBS sweep
     output_gain.py    factors of rows that keep the length of outputs
+    rounding_method.py  rounding as a method, which compress uses
 
     composition.py    a method, targets of the dense model and a weight update as one method
     dense_targets.py  weights whose outputs approximate those of the dense model

@@ -4,12 +4,14 @@ The goal is to minimise tr (W − W₀)H(W − W₀)ᵀ over all W that the patt
 weights; W and the Gram matrix H are scaled and damped as in `solvers/least_squares.py`. Choosing
 the mask and the weights at once is hard, so ADMM splits the problem in two copies: W is dense and
 fits the outputs, Z is sparse, and a multiplier U pulls them together (Boža 2024, arXiv 2401.02938;
-Meng et al. 2024, arXiv 2406.07831, algorithm 1). One iteration is
+Meng et al. 2024, arXiv 2406.07831, algorithm 1, whose D is Z and whose V is ρU). One iteration is
 
-    Z ← the entries of W + U that the pattern keeps              (the exact projection)
-    U ← U + W − Z
-    W ← (W₀H + ρ(Z − U))(H + ρI)⁻¹ = W₀ + (Z − U − W₀) · ρ(H + ρI)⁻¹
-    W ← ωW + (1 − ω)Z                                            (over-relaxation)
+    (1)  Z ← the entries of W + U that the pattern keeps              (the exact projection)
+    (2)  U ← U + W − Z
+    (3)  W ← (W₀H + ρ(Z − U))(H + ρI)⁻¹ = W₀ + (Z − U − W₀) · ρ(H + ρI)⁻¹
+    (4)  W ← ωW + (1 − ω)Z                                            (over-relaxation)
+
+`_solve_shard` has these numbers in its comments.
 
 Why the inputs are scaled by √d: in the scaled weights |W_ij| is |w_ij|·‖x_j‖, Wanda's score. So the
 first projection is Wanda's mask, and a single ρ suits all columns, because all diagonal entries of
@@ -76,13 +78,16 @@ from prunus.methods.solvers.least_squares import (
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, Pruned, RowShard, Work, masked
 
-# The default number of iterations.
+# The default number of iterations. With ω = 1.2 twelve are as good as sixteen without; ten lose 0.5
+# to 1 % of the error, and nine with three penalties 2.9 to 3.2 %.
 _ITERATIONS = 12
-# The same for data-limited linears, whose penalty grows at every iteration.
+# The same for data-limited linears, whose penalty grows at every iteration. On `down_proj` of
+# Qwen2.5-Coder-1.5B these five have a held-out error of 3.293 % and take 18 s; twelve with two
+# inverses have 3.248 % and take 49 s.
 _DATA_LIMITED_ITERATIONS = 5
 # Three of four iterations choose a new mask. The iteration with this number of the four (from 0)
-# keeps the mask of the one before: that saves a fifth of the solver's time and costs half a per
-# cent of error.
+# keeps the mask of the one before, which saves a fifth of the solver's time. At 2, 6 and 10 that is
+# free; any other mask that is kept costs half a per cent of error.
 _KEEPS_MASK = 2
 # The maximum number of conjugate gradient steps at the end. With many tokens one step is enough.
 # With two tokens per input five steps remove a tenth of the error, and a fiftieth of the error on
@@ -90,23 +95,29 @@ _KEEPS_MASK = 2
 _FINAL_STEPS = 8
 # The same for data-limited linears.
 _DATA_LIMITED_STEPS = 2
-# The share of the error that a step must remove for another one to follow.
+# The share of the error that a step must remove for another one to follow. On SmolLM2 no step
+# removes more than 0.12 %. On `down_proj` of Qwen2.5-Coder-1.5B six remove 1.37, 1.35, 0.96, 0.54,
+# 0.27 and 0.12 %.
 _MIN_GAIN = 0.003
-#: ω. Twelve iterations at 1.2 are as good as sixteen at 1; at 1.6 the error is 1 % larger.
+#: ω. Twelve iterations at 1.2 have 0.06 % less error than sixteen at 1. At 1 they have 0.41 % more,
+#: at 1.4 0.23 %, at 1.6 1.0 %.
 OVER_RELAXATION = 1.2
-# ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. On four linears
-# of SmolLM2 at 50 % and 2:4, twice as many iterations with twice as many penalties, from 0.1 to
-# 1.7, lower the error on held-out tokens by 0.3 to 2 %.
+# ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. The last one
+# decides: sixteen iterations that end at 0.34 have an error of 2.869, and 2.370 if they end at 1.6.
+# On four linears of SmolLM2 at 50 % and 2:4, twice as many iterations with twice as many penalties,
+# from 0.1 to 1.7, lower the error on held-out tokens by 0.3 to 2 %.
 _PENALTIES = (0.25, 0.4, 0.8, 1.6)
 # The first ρ of data-limited linears, relative to the diagonal of H. Here λ makes the diagonal much
-# larger than 1, and ρ must grow with it.
+# larger than 1, and ρ must grow with it. No figure of other values is on record, for this one, the
+# next one and the steps above.
 _DATA_LIMITED_FIRST = 0.5
 # The last ρ of data-limited linears, relative to the same diagonal.
 _DATA_LIMITED_LAST = 2.0
 # Inverses larger than this many bytes together are computed again for the next linear with the same
 # input, so that they do not fill the memory.
 _MAX_CACHED_BYTES = 2**28
-# One leading eigenvector is computed for this many inputs.
+# One leading eigenvector is computed for this many inputs. On the same `down_proj`, 560 of them
+# with a line for the rest have a held-out error of 3.293 %, and 512 with a constant 3.625 %.
 _INPUTS_PER_EIGENVECTOR = 16
 
 
@@ -187,17 +198,19 @@ def _solve_shard(
         updates_mask = data_limited or iteration % 4 != _KEEPS_MASK
         for span in spans:
             sum_SI, target_SI = sum_OI[span], target_OI[span]
+            # (1) the mask of Z; its entries are those of W + U.
             if updates_mask:
                 keep_OI[span] = mask(span)
-            # `sparse` is Z, and `dual` is U. Below, `sparse` becomes Z − U − W₀ in place.
+            # (1) `sparse` is Z. Below it becomes Z − U − W₀ in place.
             sparse_SI = keep_OI[span] * sum_SI
+            # (2) `dual` is the new U: what the sum of U and W has more than Z.
             dual_SI = sum_SI - sparse_SI
             if penalty != previous > 0:
                 # U is the multiplier divided by ρ. The multiplier stays, so U shrinks as ρ grows.
                 dual_SI.mul_(previous / penalty)
             sparse_SI.sub_(dual_SI).sub_(target_SI)
-            # The new sum is ωW + (1 − ω)Z + U. The operator holds all that is linear in
-            # Z − U − W₀; what is left of the sum is W₀ + (2 − ω)U.
+            # (3) and (4): the new sum is ωW + (1 − ω)Z + U. The operator holds all that is linear
+            # in Z − U − W₀; what is left of the sum is W₀ + (2 − ω)U.
             torch.add(target_SI, dual_SI, alpha=2 - OVER_RELAXATION, out=sum_SI)
             sum_SI.add_(low_precision_product(sparse_SI, operator_II))
     for span in spans:

@@ -1,4 +1,4 @@
-"""One method out of several steps: dense targets, a mask, weights; or dense targets and rounding.
+"""One method out of several steps: dense targets, a mask, weights.
 
 Every step is a pure tensor function, and so is their composition. The rest of the program calls
 the composed method and does not know its steps.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from prunus.methods.dense_targets import dense_target, has_drift
-from prunus.methods.group_sweep import quantize_in_groups
 from prunus.methods.method_options import MethodOptions
-from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import Pruned, PruneFunction, RowShard, Work
@@ -43,7 +39,7 @@ def compose(method: Method, options: MethodOptions) -> Method:
     if updates:
         function = partial(_then_update, function)
     if uses_dense_target:
-        function = partial(_on_dense_target, function)
+        function = partial(on_dense_target, function)
     if options.keep_zeros:
         function = partial(_keeping_zeros, function)
     if not (updates or uses_dense_target):
@@ -61,36 +57,9 @@ def compose(method: Method, options: MethodOptions) -> Method:
     )
 
 
-def rounding_method(rounding: str, options: MethodOptions) -> Method:
-    """A method that removes nothing and rounds each weight, as `Work.quantization` says.
-
-    Args:
-        rounding: "feedback", where later columns correct the errors of earlier ones, or "nearest",
-            each weight by itself, which reads no statistics of the inputs.
-        options: The options that the `Work` of every linear will have too.
-
-    >>> rounding_method("feedback", MethodOptions(dense_weight=0.25)).needs_drift
-    True
-    """
-    feedback = rounding == "feedback"
-    uses_dense_target = feedback and options.dense_weight != 0
-    return Method(
-        name="rounding",
-        summary="round each weight to a type of the format",
-        function=(
-            partial(_on_dense_target, quantize_in_groups)
-            if uses_dense_target
-            else quantize_in_groups
-        ),
-        needs="gram" if feedback else "none",
-        updates_weights=True,
-        needs_drift=uses_dense_target,
-        # Its ridge is small against the inputs with the largest norms.
-        adds_ridge=False,
-    )
-
-
 # --- the steps: each takes what comes before or after it as a function of one linear ---
+#
+# As the file of a method, what a step computes with is loaded for the first linear.
 
 
 def _keeping_zeros(
@@ -107,14 +76,16 @@ def _keeping_zeros(
     return replace(pruned, weight_OI=weight_OI, keep_OI=keep_OI)
 
 
-def _on_dense_target(
+def on_dense_target(
     step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> Pruned:
     """A step on the dense target, as if that were the trained weight."""
+    from prunus.methods.dense_targets import dense_target, target_notes
+
     options = work.options
     target_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
     pruned = step(target_OI, statistics, work)
-    pruned.notes.update(_target_notes(statistics))
+    pruned.notes.update(target_notes(statistics))
     return pruned
 
 
@@ -143,14 +114,7 @@ def _update_rows(
     shard: RowShard,
 ) -> Pruned:
     """The kept weights of some rows, fitted; `weight_OI` and `pruned` have all rows."""
+    from prunus.methods.solvers.least_squares import fit_least_squares
+
     start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
     return fit_least_squares(weight_OI[shard.rows], start, statistics, damping, shard)
-
-
-def _target_notes(statistics: InputStatistics) -> dict[str, Any]:
-    """What the record says of a linear that has no dense target: why there is none."""
-    if statistics.drift_II is None:
-        return {"dense_targets": "pruned: too few tokens for this many inputs"}
-    if not has_drift(statistics):
-        return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
-    return {}

@@ -22,6 +22,8 @@ Shape suffixes: O outputs (rows), I inputs. In the statistics, the drift is (X â
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,6 +118,15 @@ def has_drift(statistics: InputStatistics) -> bool:
     return statistics.drift_share >= (
         1 if statistics.drift_gram_II is None else 1 / MAX_DRIFT_STRIDE
     )
+
+
+def target_notes(statistics: InputStatistics) -> dict[str, Any]:
+    """What the record says of a linear that has no dense target: why there is none."""
+    if statistics.drift_II is None:
+        return {"dense_targets": "pruned: too few tokens for this many inputs"}
+    if not has_drift(statistics):
+        return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
+    return {}
 
 
 def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:

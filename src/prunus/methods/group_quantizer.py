@@ -182,6 +182,11 @@ class GroupedWeight(NamedTuple):
     quantizer: GroupQuantizer
     data_OB: Tensor
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight, with all scales."""
+        return self.quantizer.bits
+
     def dense(self) -> Tensor:
         """The weight, float32 (O, I), with the columns in order."""
         rows, order = len(self.data_OB), list(self.quantizer.columns)

@@ -26,6 +26,7 @@ G groups of a span, C columns of a group. In `_order`, S counts runs of columns 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import NearestRounding, Pruned, RowShard, Work
+from prunus.methods.work import Pruned, RowShard, Work
 
 #: λ, a share of the mean diagonal of the Gram matrix, if an option does not choose it.
 DAMPING = 0.1
@@ -46,15 +47,27 @@ _CORRELATIONS, _LEADING = 0.5, 64
 _BLOCK = 256
 
 
+class GroupRounding(NamedTuple):
+    """How one linear is rounded in groups: what `Work.rounding` holds in a run of compress.
+
+    Attributes:
+        quantizer: The values and scales to choose from.
+        importance_I: float32, weighs the squared error of each column in the fit of the scales, and
+            each weight is rounded by itself. None rounds with feedback.
+    """
+
+    quantizer: GroupQuantizer
+    importance_I: Tensor | None = None
+
+
 def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight in the groups of the quantiser of `work.quantization`.
+    """Quantise a weight in the groups of the quantiser of `work.rounding`.
 
     Args:
         weight_OI: float32; its rows consist of whole spans.
         statistics: With a Gram matrix. Without feedback it may be empty.
-        work: Its quantisation is a `GroupQuantizer`, or a `NearestRounding` for no feedback. Its
-            `damping` is a share of the mean diagonal of the Gram matrix; None means
-            `DAMPING`.
+        work: Its rounding is a `GroupRounding`. Its `damping` is a share of the mean diagonal of
+            the Gram matrix; None means `DAMPING`.
 
     Returns:
         The dense weight, the mask of its non-zero weights, and the quantised weight.
@@ -63,12 +76,13 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
         ValueError: The Gram matrix is not finite.
     """
     notes = dict[str, float]()
-    if isinstance(work.quantization, NearestRounding):
-        quantizer, importance_I = work.quantization
+    assert isinstance(work.rounding, GroupRounding)
+    quantizer, importance_I = work.rounding
+    if importance_I is not None:
         quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
     else:
-        assert work.quantization is not None and statistics.gram_II is not None
-        quantizer, gram_II = work.quantization, statistics.gram_II
+        gram_II = statistics.gram_II
+        assert gram_II is not None
         stored_I = torch.tensor(
             quantizer.columns or range(weight_OI.shape[1]), device=weight_OI.device
         )

@@ -146,7 +146,7 @@ block_size; did you mean ria_power?
         """
         from prunus.methods.work import unchanged
 
-        if work.quantization is None and work.pattern.removes_nothing(work.sparsity):
+        if work.rounding is None and work.pattern.removes_nothing(work.sparsity):
             return unchanged(weight_OI)
         function = self.function
         if isinstance(function, str):

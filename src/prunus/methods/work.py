@@ -18,15 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.method_options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
+
+
+class Rounded(Protocol):
+    """A weight as a type of a format stores it. What rounds and what writes know more of it."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, with all scales."""
 
 
 @dataclass(slots=True)
@@ -37,13 +44,13 @@ class Pruned:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
         notes: Values for the record of this linear; JSON must be able to hold them.
-        quantized: The same weight as a type of a format stores it, if the run quantises.
+        rounded: The same weight as a type stores it; None for a method that rounds nothing.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
-    quantized: GroupedWeight | None = None
+    rounded: Rounded | None = None
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
@@ -129,18 +136,6 @@ EVERY_ROW = RowShard()
 UNSHARDED = RowSharding()
 
 
-class NearestRounding(NamedTuple):
-    """How one linear is rounded in groups, each weight by itself.
-
-    Attributes:
-        quantizer: The values and scales to choose from.
-        importance_I: float32, weighs the squared error of each column in the fit of the scales.
-    """
-
-    quantizer: GroupQuantizer
-    importance_I: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """What is asked of a method for one linear, and how the work is done.
@@ -153,7 +148,8 @@ class Work:
         rows: How the rows of the linear are split over processes.
         reference_order: Update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs.py`.
-        quantization: How the weight is quantised at the end; None where it is not.
+        rounding: How the weight is rounded, a value that only the method which rounds can read;
+            None for a run that rounds nothing.
         linear: Which linear it is; None if a method is called without a run around it.
         zero_OI: bool, True for weights that are zero and stay zero; None if zeros may change.
     """
@@ -163,7 +159,7 @@ class Work:
     options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
-    quantization: GroupQuantizer | NearestRounding | None = None
+    rounding: object = None
     linear: LinearPlace | None = None
     zero_OI: Tensor | None = None
 

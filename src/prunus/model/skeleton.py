@@ -308,6 +308,10 @@ class Skeleton:
         head: nn.Module | None = self.model.get_output_embeddings() if self.kind.is_causal else None
         return head
 
+    def is_in_front_of_head(self, index: int) -> bool:
+        """Whether only the final norm and the head follow a block, so it can compare logits."""
+        return index == len(self) - 1 and self.kind.is_causal
+
     # --- inputs ---
 
     @property

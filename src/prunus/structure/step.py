@@ -21,12 +21,11 @@ from pathlib import Path
 from torch import Tensor
 
 from prunus.distributed import own_part
-from prunus.engine.linear_plan import training_dtype
+from prunus.engine.linear_plan import ReconstructionSettings, training_dtype
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.reconstruction.reconstruct_block import (
     BlockReconstructor,
-    ReconstructionSettings,
     splits_windows,
     step_parts,
 )
@@ -241,7 +240,7 @@ class Repair:
         block = skeleton.fill(new_index, tensors, self._stream.device)
         linears = [linear.name for linear in skeleton.linears(new_index)]
         trained = [*linears, *(name for name in self._routers(new_index) if name not in linears)]
-        reconstruction = self._reconstructor.begin(new_index, block, trained, walk)
+        reconstruction = self._reconstructor.begin(new_index, block, trained, False, walk)
         if reconstruction is None:
             return dict(tensors), None
         with reconstruction.recording(self._stream.forward(new_index, block)) as forward:

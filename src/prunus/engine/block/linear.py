@@ -28,19 +28,12 @@ from prunus.hardware.numerics import (
     row_spans,
 )
 from prunus.methods import Method, Work
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import (
-    UNSHARDED,
-    NearestRounding,
-    Pruned,
-    RowShard,
-    RowSharding,
-)
+from prunus.methods.work import UNSHARDED, Pruned, Rounded, RowShard, RowSharding
 from prunus.model.linears import Linear
 
-#: From the full name of a linear to how it is rounded.
-LinearRounding = Callable[[str], GroupQuantizer | NearestRounding]
+#: From the full name of a linear to how it is rounded; see `Work.rounding`.
+LinearRounding = Callable[[str], object]
 #: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
 #: no weights that are exactly zero.
 SPARSE = 0.01
@@ -59,7 +52,7 @@ class PrunedLinear:
 
     weight: torch.Tensor
     record: LinearRecord
-    rounded: GroupedWeight | None = None
+    rounded: Rounded | None = None
 
 
 def prune_linear(
@@ -110,7 +103,7 @@ def prune_linear(
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks() if ranks().size > 1 else UNSHARDED
-    work = replace(work, rows=rows, quantization=round_as(full_name) if round_as else None)
+    work = replace(work, rows=rows, rounding=round_as(full_name) if round_as else None)
     with naming(full_name):
         pruned = method.apply(weight_OI, statistics, work)
     if method.updates_weights:
@@ -137,11 +130,11 @@ def prune_linear(
         removed_energy=energy,
         tokens=tokens,
         seconds=round(time.perf_counter() - started, 4),
-        bits=None if pruned.quantized is None else pruned.quantized.quantizer.bits,
+        bits=None if pruned.rounded is None else pruned.rounded.bits,
         notes=notes | pruned.notes,
     )
     oriented = (new_OI.T if linear.transposed else new_OI).to(stored.device)
-    return PrunedLinear(oriented.contiguous(), record, pruned.quantized)
+    return PrunedLinear(oriented.contiguous(), record, pruned.rounded)
 
 
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:

@@ -20,15 +20,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from prunus.distributed import own_part, ranks, set_location
-from prunus.engine.block.dense_stream import (
-    DenseBlockInputs,
-    DenseStream,
-)
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
 from prunus.engine.block.walks import (
@@ -42,21 +39,22 @@ from prunus.engine.block.walks import (
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
-from prunus.engine.reconstruction.reconstruct_block import (
-    BlockReconstruction,
-    BlockReconstructor,
-    linears_to_train,
-    splits_windows,
-    step_parts,
-)
 from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.group_quantizer import GroupedWeight
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
-from prunus.methods.work import LinearPlace
+from prunus.methods.work import LinearPlace, Rounded
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
+
+# The dense model next to the pruned one, and the training of blocks: the runs that have them load
+# them. A reader of pruning passes them by.
+if TYPE_CHECKING:
+    from prunus.engine.block.dense_stream import DenseBlockInputs, DenseStream
+    from prunus.engine.reconstruction.reconstruct_block import (
+        BlockReconstruction,
+        BlockReconstructor,
+    )
 
 #: Name of a walk in records -> the walk. Each returns the linears that no token reached.
 _WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
@@ -101,6 +99,8 @@ class BlockPruner:
         self.stream = Stream(plan.skeleton, plan.source, plan.device)
         self.dense: DenseStream | None = None
         if plan.runs_dense_stream:
+            from prunus.engine.block.dense_stream import DenseStream
+
             self.dense = DenseStream(plan.skeleton, plan.source, plan.device, plan.drift_stride)
         # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
         self._reconstructor: BlockReconstructor | None = None
@@ -113,9 +113,12 @@ class BlockPruner:
             spill_folder: Folder for a file of hidden states, if they do not fit in memory.
         """
         reconstruction, memory = self.plan.reconstruction, self.plan.memory
-        splits = splits_windows(batches, self.plan.device)
-        partial = step_parts(batches, splits) if reconstruction is not None else ()
-        share = own_part(batches)
+        share, splits, partial = own_part(batches), False, list[torch.Tensor]()
+        if reconstruction is not None:
+            from prunus.engine.reconstruction import reconstruct_block
+
+            splits = reconstruct_block.splits_windows(batches, self.plan.device)
+            partial = reconstruct_block.step_parts(batches, splits)
         spill_to = spill_folder if memory.spills else None
         self.stream.embed(share, spill_to, memory.hidden_states_stay, partial)
         if self.dense is None:
@@ -123,7 +126,7 @@ class BlockPruner:
         own = ranks().own_range(len(batches))
         self.dense.embed(share, spill_to, memory.hidden_states_stay, own.start)
         if reconstruction is not None:
-            self._reconstructor = BlockReconstructor(
+            self._reconstructor = reconstruct_block.BlockReconstructor(
                 settings=reconstruction,
                 stream=self.stream,
                 dense=self.dense.stream,
@@ -202,9 +205,10 @@ class BlockPruner:
                 index, stored.tensors, aimed, cache=walk == "lockstep"
             )
         reconstruction = None
-        if self._reconstructor is not None and names:
-            trained_names = linears_to_train(names, method.updates_weights)
-            reconstruction = self._reconstructor.begin(index, module, trained_names, walk)
+        if self._reconstructor is not None:
+            reconstruction = self._reconstructor.begin(
+                index, module, names, method.updates_weights, walk
+            )
         return BlockState(
             index=index,
             name=name,
@@ -411,7 +415,7 @@ class BlockState:
     reconstruction: BlockReconstruction | None
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    rounded: dict[str, GroupedWeight] = field(default_factory=dict)
+    rounded: dict[str, Rounded] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property

@@ -29,12 +29,9 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, ranks, split_range
+from prunus.engine.memory_plan import CHUNK_TOKENS
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
-
-#: Tokens per window whose logits are in memory at a time. With a vocabulary of 150,000, these are
-#: 77 MB per window and tensor in float32.
-CHUNK_TOKENS = 128
 
 #: One token in this many is compared during validation, and for gradients by default.
 LOGIT_STRIDE = 4

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, own_part, ranks, set_location, using
+from prunus.engine.linear_plan import ReconstructionSettings
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
 from prunus.engine.reconstruction.output_loss import (
@@ -34,7 +35,6 @@ from prunus.engine.reconstruction.output_loss import (
 )
 from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.engine.run_record import Walk
-from prunus.model.skeleton import Skeleton
 from prunus.model.stream import HiddenStates, Stream
 
 #: From the number of a batch to the block's output.
@@ -60,24 +60,26 @@ class BlockReconstructor:
     splits: bool
 
     def begin(
-        self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk
+        self, index: int, block: nn.Module, linears: Sequence[str], updated: bool, walk: Walk
     ) -> BlockReconstruction | None:
         """Prepare the training of a block, before the windows walk through it.
 
         Args:
             index: Position of the block.
             block: The block with its weights in place.
-            trained: Relative names of the linears to train.
+            linears: Relative names of the linears that are changed.
+            updated: The method updates the surviving weights; see `linears_to_train`.
             walk: How the windows go through the block.
 
         Returns:
             None if the run does not train this block, or if there is nothing to train.
         """
-        if not trained or not self.settings.applies_to(index, len(self.stream.skeleton)):
+        if not linears or not self.settings.applies_to(index, len(self.stream.skeleton)):
             return None
         # With several ranks every rank would have to cache the batches of all ranks, so they
         # recompute instead. So does replay, which exists to save memory.
         caches_suffix = walk == "lockstep" and ranks().size == 1
+        trained = linears_to_train(linears, updated)
         return BlockReconstruction(self, index, block, trained, caches_suffix)
 
 
@@ -155,7 +157,7 @@ class BlockReconstruction:
             return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
 
         by_token = suffix is not None and suffix.by_token
-        by_logits = in_front_of_head(skeleton, self.index)
+        by_logits = skeleton.is_in_front_of_head(self.index)
         # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
         # width).
         shape = inputs.shape(0)
@@ -252,32 +254,6 @@ class BlockReconstruction:
         # the tokens that are compared instead.
         with logits_of(self.shared.stream) as logits:
             yield divergence_loss(logits, not self.shared.splits, logit_stride)
-
-
-def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
-    """Whether only the final norm and the head follow block `index`, so it can compare logits."""
-    return index == len(skeleton) - 1 and skeleton.kind.is_causal
-
-
-def activation_bytes(
-    tokens: int, window_tokens: int, hidden: int, widest: int, heads: int, itemsize: int
-) -> int:
-    """Bytes of the activations of a block that a backward pass needs.
-
-    Args:
-        tokens: Number of tokens in a batch.
-        window_tokens: Number of tokens in a window. Attention is among these.
-        hidden: Size of the hidden states.
-        widest: Inputs or outputs of the widest linear, whichever are more.
-        heads: Number of attention heads.
-        itemsize: Bytes per number.
-
-    Per token these are about 24 hidden states (the residual stream before and after both parts,
-    two norms with their statistics, queries, keys, values, outputs, and the gradients of as many),
-    eight activations of the widest linear (gate, up, their product and its gradients), and four
-    rows of attention scores per head: before and after the softmax, with gradients.
-    """
-    return itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
 
 
 def splits_windows(batches: Sequence[torch.Tensor], device: torch.device) -> bool:
@@ -392,25 +368,6 @@ _RATE, _RATE_WIDTH = 7e-3, 576
 # tokens take; they compare half of the tokens, each once. With half as many of either, perplexity
 # was one per cent higher.
 _LOGIT_STEPS, _LOGIT_RATE, _MAX_LOGIT_STRIDE = 240, 2e-3, 28
-
-
-@dataclass(frozen=True)
-class ReconstructionSettings:
-    """What a run says about the reconstruction of all its blocks.
-
-    Attributes:
-        epochs: Passes over the training batches; None for the block's `default_schedule`.
-        dtype: Dtype of matrix products and activations, float32 or bfloat16.
-        last_only: Only the last block is reconstructed.
-    """
-
-    epochs: int | None
-    dtype: torch.dtype
-    last_only: bool = False
-
-    def applies_to(self, index: int, blocks: int) -> bool:
-        """Whether block `index` of a model with this many `blocks` is reconstructed."""
-        return not self.last_only or index == blocks - 1
 
 
 def default_schedule(
