@@ -101,7 +101,7 @@ def compress(
     codec = command.codec
     record = _carry_out(command, f"{chosen.target} {output}", after=after)
     if is_rank_0():
-        print_text(codec.advice(record))
+        print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
 

@@ -81,11 +81,6 @@ class Codec(ABC):
             quantizer: The type of the weight.
         """
 
-    @staticmethod
-    def advice(record: CompressionRecord) -> str:
-        """A line for those whom another result would serve better; empty for nobody."""
-        return ""
-
     # How a result is read, another program's too.
 
     @staticmethod

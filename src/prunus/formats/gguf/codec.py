@@ -25,7 +25,7 @@ from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
-from prunus.formats.gguf.speeds import Q4_K_M_BITS, advice, preset_time, speeds_of
+from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, GgufType, type_for, type_named, types_for
 from prunus.formats.size_plan import (
@@ -60,7 +60,7 @@ class GgufCodec(Codec):
     }
     RESULT = GgufResult
 
-    unpack, advice = staticmethod(unpack_gguf), staticmethod(advice)
+    unpack = staticmethod(unpack_gguf)
     read_record = staticmethod(read_record)
 
     @staticmethod
