@@ -317,7 +317,9 @@ def write_plots(figures: Figures) -> None:
     }
     plots = {"curve": draw_curve(figures), "gap": draw_gap(figures)}
     plots["models-and-texts"] = draw_texts(read("models-and-texts")["cells"])
-    plots["proof"] = draw_proof(read("proof")["models"])
+    models = read("proof")["models"]
+    plots["proof"] = draw_proof(models)
+    plots["front"] = draw_proof({name: models[name] for name in ["Qwen2.5-Coder-1.5B"]})
     for name, figure in plots.items():
         figure.savefig(
             RESULTS / f"{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"

@@ -31,6 +31,7 @@ from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.formats.gguf import file as gguf_file
+from prunus.formats.gguf import speeds
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.result import read_record
@@ -365,6 +366,12 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
     fast = compress(one_block, "fast.gguf", bits=4.5, fast_on="times.json", announce=said.append)
     assert "IQ4_XS" in {*any_time.types.values()} - {*fast.types.values()}
     assert sum("processors decode it about" in str(line) for line in said) == 2
+    slow = {kind: 1.0 if kind[0] == "Q" and "K" in kind else 100.0 for kind in TYPES}
+    monkeypatch.setitem(speeds.SPEEDS, "cpu", slow | {"IQ2_XS": 1.0, "IQ2_S": 1.0, "IQ3_S": 1.0})
+    assert re.search(r"at about 0\.\d of the speed .* --fast-on cpu", speeds.advice(any_time))
+    assert speeds.advice(fast) == speeds.advice(compress(one_block, "q.gguf", type="IQ4_XS")) == ""
+    asked = ("--bits", 4.5, "--samples", 2, "--seqlen", 16, "--calibration", "python-docs")
+    assert "with --fast-on cpu" in call("compress", one_block, "any2.gguf", *asked).output
     plan = ("plan", one_block, "x.gguf", "--bits", 4.5, "--fast-on", "times.json", "--seqlen", 16)
     assert "times as fast as Q4_K_M on processors" in " ".join(call(*plan).output.split())
     refused = []

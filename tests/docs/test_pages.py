@@ -84,17 +84,6 @@ def test_tables_of_the_pages_are_those_of_the_figures(plots):
         assert plots.with_tables(text, figures) == text, f"{path.name} is out of date"
 
 
-def test_the_readme_states_the_figures_of_the_sweep(plots):
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    figures = plots.read_figures()
-    # The presets have figures of a later version than the sweep.
-    methods = ("magnitude", "wanda", "sparsegpt")
-    shown = [(name, pattern) for name in methods for pattern in ("50 %", "2:4")]
-    for key in shown:
-        assert f"{figures.cells[key].perplexity:,.2f}" in text, key
-    assert f"{figures.dense:.2f}" in text
-
-
 #: Sentences and rows of tables with the divergence of prunus's files in units of llama.cpp's, on
 #: prose and on code: page -> (model, preset, row of the figures) -> where the page states it.
 RATIOS = {
@@ -153,17 +142,66 @@ def test_pages_state_the_ratios_of_the_figures(plots):
             assert found and list(found.groups()) == expected, (page, model, preset, row, expected)
 
 
-def test_the_readme_states_the_losses_of_the_figures(plots):
-    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
-    rows = plots.read("proof")["models"]["Qwen2.5-Coder-1.5B"]["rows"]["Q2_K"]
-    expected = [
-        f"{rows[row]['scores'][name]['kl']:.3f}"
-        for name in rows["preset"]["scores"]
-        for row in ("prunus", "preset")
+#: Share -> how people say it.
+WORDS = {0.25: "a quarter", 1 / 3: "a third", 0.4: "two fifths", 0.5: "half", 2 / 3: "two thirds"}
+
+
+def in_words(share: float) -> str:
+    """The nearest of `WORDS`.
+
+    >>> in_words(0.356)
+    'a third'
+    """
+    return WORDS[min(WORDS, key=lambda x: abs(x - share))]
+
+
+def test_every_figure_of_the_readme_follows_from_the_results(plots):
+    """Its phrases are made of docs/results/*.json here, and no other figure stands in its prose."""
+    lines = [line for _, line in prose(REPOSITORY / "README.md")]
+    text = " ".join(" ".join(lines).split())
+    models, texts = plots.read("proof")["models"], ("WikiText-2", "Python")
+    qwen = models["Qwen2.5-Coder-1.5B"]
+
+    def compared(preset: str, row: str, key: str = "kl") -> list[tuple[float, float]]:
+        """A file's loss and the preset's, on each text."""
+        rows = qwen["rows"][preset]
+        return [(rows[row]["scores"][x][key], rows["preset"]["scores"][x][key]) for x in texts]
+
+    def shares(row: str) -> list[set[str]]:
+        return [{in_words(x / y) for x, y in compared(name, row)} for name in ("Q2_K", "Q4_K_M")]
+
+    small, large = (qwen["rows"][x]["preset"]["bytes"] / 1e6 for x in ("Q2_K", "Q4_K_M"))
+    prose_loss, code_loss = (f"{x:.3f} against {y:.3f}" for x, y in compared("Q2_K", "prunus"))
+    [third], [half] = shares("prunus")
+    [least], [most] = shares("fast")
+    speeds = [
+        plots.decoding_speed(rows["prunus"]) / plots.decoding_speed(rows["preset"])
+        for rows in (qwen["rows"]["Q2_K"], qwen["rows"]["Q4_K_M"])
     ]
-    loss = r"(\d\.\d+) against (\d\.\d+)"
-    found = re.search(rf"{loss} on English prose, and {loss} on Python code", text)
-    assert found and list(found.groups()) == expected
+    times = [
+        in_words(rows["nearest"]["seconds"] / rows["prunus"]["seconds"])
+        for rows in (qwen["rows"]["Q4_K_M"], models["Llama 34M, trained here"]["rows"]["Q3_K_M"])
+    ]
+    pruned = [
+        f"{methods['texts']['wikitext2']['kl']:.3f}"
+        for methods in plots.read("models-and-texts")["cells"]["Qwen2.5-Coder-0.5B"].values()
+    ]
+    for phrase in (
+        f"Qwen2.5-Coder-1.5B takes {qwen['dense']['bytes'] / 1e9:.1f} GB",
+        f"Q2_K, makes {small:.0f} MB of it",
+        f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
+        "Python code",
+        f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
+        f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
+        f"decode on processors at {speeds[0]:.2f} to {speeds[1]:.2f} of the speed of llama.cpp's",
+        f"they lose {least} to {most} as much as llama.cpp's",
+        f"{pruned[0]} by [Wanda](https://arxiv.org/abs/2306.11695) (`--preset fast`), {pruned[1]} "
+        f"by `--preset balanced` and {pruned[2]} by `--preset best`",
+    ):
+        assert phrase in text
+        text = text.replace(phrase, "")
+    other = re.sub(r"`[^`]*`|\]\([^)]*\)|Qwen2.5-Coder-\S+|Python 3.11|Apache-2.0", "", text)
+    assert not re.findall(r"\d+\.\d+|\d+ (?:[MG]B|%|times)", other)
 
 
 def test_committed_figures_name_no_paths():

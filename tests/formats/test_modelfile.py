@@ -226,6 +226,7 @@ def test_the_card_beside_a_file_has_origin_commands_and_bytes_by_type(tmp_path):
         "of Q8_0",
         'type = "Q8_0"',
         "prunus compress",
+        "prunus eval x.gguf --reference dense --perplexity wikitext2,python-code",
     ):
         assert part in card
     assert read_record(tmp_path / "x.gguf") is not None

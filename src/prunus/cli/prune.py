@@ -99,8 +99,9 @@ def compress(
     after = prepared_check(model, output, chosen, how) if check else None
     command = Compression(model, output, chosen, how)
     codec = command.codec
-    _carry_out(command, f"{chosen.target} {output}", after=after)
+    record = _carry_out(command, f"{chosen.target} {output}", after=after)
     if is_rank_0():
+        print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
 
@@ -125,8 +126,8 @@ def _carry_out(
     title: str,
     table: Callable[[Any], Any] = lambda record: record.table(),
     after: Callable[[Any, Any], None] | None = None,
-) -> None:
-    """Carry out a command with a progress bar, and print its record as a table.
+) -> Any:
+    """Carry out a command with a progress bar, print its record as a table, and return it.
 
     Args:
         command: What is done.
@@ -141,6 +142,7 @@ def _carry_out(
         session = Session(announce=callbacks["announce"], report=callbacks["report"])
         record = carry_out(command, session, after)
     print_result(record, table(record))
+    return record
 
 
 def _prune_and_recover(

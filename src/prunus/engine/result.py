@@ -75,6 +75,11 @@ class Result(Generic[_Record]):
         """Whether the result of an earlier run stands, and the folder holds nothing of it."""
         return False
 
+    @staticmethod
+    def advice(record: Any) -> str:
+        """A line for those whom another result would serve better; empty for nobody."""
+        return ""
+
     def finish(self, folder: ResultFolder, plan: LinearPlan) -> None:
         """Complete the result from its shards, on rank 0, and note in the record that it is."""
         record: Any = folder.record

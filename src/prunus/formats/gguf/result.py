@@ -31,6 +31,7 @@ from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.contents import bytes_of
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
+from prunus.formats.gguf.speeds import advice
 from prunus.formats.gguf.types import FULL_TYPES
 from prunus.model.checkpoint.files import (
     check_file_place,
@@ -101,6 +102,8 @@ def finished_file(path: Path, recipe: Options) -> CompressionRecord | None:
 
 class GgufResult(Result[CompressionRecord]):
     """A GGUF file, which is made from the shards in a folder next to it."""
+
+    advice = staticmethod(advice)
 
     @property
     def folder(self) -> Path:

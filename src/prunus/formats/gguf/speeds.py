@@ -10,11 +10,13 @@ GPUs have no table: there decoding waits for memory, so the smallest file is the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.types import TYPES, type_for
 from prunus.hardware.errors import did_you_mean
 from prunus.model.checkpoint.files import read_json
@@ -118,4 +120,31 @@ def preset_time(times: Mapping[str, float], bits: float, columns: int) -> float:
             [sum(kind.bits * share for kind, share in preset) for preset in presets],
             [sum(times[kind.name] * share for kind, share in preset) for preset in presets],
         )
+    )
+
+
+def advice(record: CompressionRecord) -> str:
+    """A sentence that offers `--fast-on` if processors decode the types of a file slowly.
+
+    They are slow if its linears take more than 1.05 times as long as those of llama.cpp's preset of
+    this size. A preset has all that is not in a block in `Q6_K`. Empty if the types are not slow,
+    or if the user chose them or their speed.
+    """
+    recipe, size, times = record.recipe, record.size, speeds_of("cpu")
+    linears = [
+        (times[record.types[f"{block.name}.{name}"]], math.prod(linear.shape), linear.shape[-1])
+        for block in record.blocks
+        for name, linear in block.linears.items()
+    ]
+    if recipe.fast_on or recipe.type or size is None or not linears:
+        return ""
+    weights = sum(count for _, count, _ in linears)
+    bits = (8 * size.after - TYPES["Q6_K"].bits * (size.parameters - weights)) / weights
+    preset = sum(preset_time(times, bits, columns) * count for _, count, columns in linears)
+    speed = preset / sum(time * count for time, count, _ in linears)
+    if speed > 1 / 1.05:
+        return ""
+    return (
+        f"Processors decode this file at about {speed:.1f} of the speed of llama.cpp's file of "
+        "this size; with --fast-on cpu it would be as fast, and lose more. On GPUs it is fast.\n"
     )
