@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,14 +31,7 @@ from prunus.engine.block.dense_stream import (
 )
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
-from prunus.engine.block.walks import (
-    Accumulate,
-    BlockWalk,
-    accumulate_inputs,
-    lockstep,
-    replay,
-    two_pass,
-)
+from prunus.engine.block.walks import WALKS, Accumulate, BlockWalk, accumulate_inputs
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
@@ -57,13 +50,6 @@ from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.methods.work import LinearPlace
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
-
-#: Name of a walk in records -> the walk. Each returns the linears that no token reached.
-_WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
-    "lockstep": lockstep,
-    "replay": replay,
-    "two_pass": two_pass,
-}
 
 
 class BlockPruner:
@@ -252,7 +238,7 @@ class BlockPruner:
                     accumulate=accumulate,
                     expert_counters=state.expert_counters,
                 )
-                unreached = _WALKS[state.walk](walk)
+                unreached = WALKS[state.walk](walk)
         # Linears that no token reached are pruned too, by their weights alone.
         for linear in unreached:
             empty = self._new_statistics(linear)
