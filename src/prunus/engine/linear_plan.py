@@ -13,10 +13,11 @@ the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -38,11 +39,12 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
+from prunus.methods.allocation import ALLOCATION_NAMES, Share, mean_sparsity, shares_by_hand
 from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
-from prunus.methods.table import method_sha256
+from prunus.methods.table import METHOD_NAMES
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
@@ -132,13 +134,17 @@ class LinearPlan(RunPlan):
         recipe: The options that decide the bytes of the result.
         storage: How linears are stored in the result.
         method: How every linear is pruned, with targets and weight updates composed in.
-        work: What the run asks of the method.
+        work: What the run asks of the method. Its sparsity is that of linears without another.
+        shares: The linears of every sparsity by hand; empty if none is by hand.
+        allocate: The user's own function that gives every linear a sparsity; None for none.
     """
 
     recipe: LinearOptions
     storage: Storage
     method: Method
     work: Work
+    shares: Sequence[Share] = ()
+    allocate: Callable[..., Any] | None = None
 
     @property
     def selected(self) -> list[list[str]]:
@@ -156,7 +162,9 @@ class LinearPlan(RunPlan):
         - `to_remove`: weights that become zero, a number;
         - `left_dense`: name of a weight that stays as it is -> its shape;
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
-        - `rounded_before`: the same in words; empty where the weights lie on no grid.
+        - `rounded_before`: the same in words; empty where the weights lie on no grid;
+        - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
+          rule by hand its sparsity and its numbers of linears and of weights.
         """
         shapes: list[tuple[int, int]] = [x.shape for x in self.selected_linears().values()]
         weights = sum(rows * columns for rows, columns in shapes)
@@ -164,25 +172,60 @@ class LinearPlan(RunPlan):
             **super().describe(),
             "linears": len(shapes),
             "weights": weights,
-            "to_remove": int(weights * self.work.sparsity),
+            "to_remove": int(weights * self.sparsity),
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "grid_bits": self.grid_bits,
             "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {
-                "rule": "fisher" if self.recipe.allocates else "uniform",
-                "measured": self.recipe.allocates and self.work.sparsity > 0,
+                "rule": "by hand" if self.shares else getattr(self.recipe, "allocation", "uniform"),
+                "measured": self.measures != "nothing",
+                "sparsity": self.sparsity,
+                "shares": [
+                    {
+                        "rule": share.rule,
+                        "sparsity": share.sparsity,
+                        "linears": len(share.weights),
+                        "weights": sum(share.weights.values()),
+                    }
+                    for share in self.shares
+                ],
             },
             **self.storage.describe(choice),
         }
+
+    @property
+    def sparsity(self) -> float:
+        """The mean sparsity that is asked for, over all weights."""
+        return mean_sparsity(self.shares) if self.shares else self.work.sparsity
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The sparsities by hand: full name of a linear -> sparsity."""
+        return {name: share.sparsity for share in self.shares for name in share.weights}
+
+    @property
+    def measures(self) -> Literal["nothing", "loss", "inputs"]:
+        """What of the dense model the sparsities follow from."""
+        if self.allocate is None and self.work.sparsity == 0:
+            return "nothing"
+        return self.recipe.measures
 
     @property
     def method_sha256(self) -> str | None:
         """Hash of the code of the user's own method; None for the others."""
         if not isinstance(self.recipe, PruningOptions):
             return None
-        return method_sha256(self.recipe.method, self.options.own_method)
+        own = self.options.own_method
+        return METHOD_NAMES.sha256(self.recipe.method, own and own.function)
+
+    @property
+    def allocation_sha256(self) -> str | None:
+        """Hash of the code of the user's own allocation; None for the others."""
+        if not isinstance(self.recipe, PruningOptions):
+            return None
+        return ALLOCATION_NAMES.sha256(self.recipe.allocation, self.options.own_allocation)
 
     @property
     def walks(self) -> list[Walk]:
@@ -193,8 +236,7 @@ class LinearPlan(RunPlan):
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
-        allocates = self.recipe.allocates and self.work.sparsity > 0
-        return allocates or self.storage.measures_loss
+        return self.measures == "loss" or self.storage.measures_loss
 
     def measuring_bytes(self) -> int:
         """Bytes of that measurement; 0 without one."""
@@ -339,6 +381,9 @@ def plan_run(
             was given, what is wrong and what to do.
     """
     method, work = _method_and_work(recipe, options.own_method)
+    own_allocation = options.own_allocation
+    if isinstance(recipe, PruningOptions) and recipe.allocation not in ALLOCATION_NAMES.known:
+        own_allocation = own_allocation or ALLOCATION_NAMES.load(recipe.allocation)
     opened = open_model(model, options, session)
     if recipe.training.head:
         head = opened.skeleton.head()
@@ -348,7 +393,7 @@ def plan_run(
     if storage_of is not None:
         storage = storage_of(opened, linears)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
-    walks = method.needs != "none" or trains != ""
+    walks = method.needs != "none" or trains != "" or recipe.measures == "inputs"
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     batch = 1 if work.reference_order else None  # the reference order sums window by window
     facts = run_facts(
@@ -356,7 +401,7 @@ def plan_run(
         recipe,
         options,
         needs=method.needs,
-        needs_inputs=walks or recipe.allocates or storage.measures_loss,
+        needs_inputs=walks or recipe.measures == "loss" or storage.measures_loss,
         adds_ridge=method.adds_ridge,
         decided_dtype=decided_dtype,
     )
@@ -367,6 +412,8 @@ def plan_run(
         storage=storage,
         method=method,
         work=work,
+        shares=_shares(opened.skeleton, linears, recipe),
+        allocate=own_allocation,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -402,6 +449,25 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.training.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)
+
+
+def _shares(skeleton: Skeleton, selection: LinearSelection, recipe: LinearOptions) -> list[Share]:
+    """The linears of every sparsity by hand; see `shares_by_hand`."""
+    if not isinstance(recipe, PruningOptions) or not recipe.sparsity_of:
+        return []
+    weights = {name: math.prod(x.shape) for name, x in selection.linears(skeleton).items()}
+    blocks = []
+    for index, names in enumerate(selection.selected):
+        path = skeleton.block_name(index)
+        blocks.append({f"{path}.{name}": weights[f"{path}.{name}"] for name in names})
+    head = skeleton.head() if recipe.training.head else None
+    return shares_by_hand(
+        recipe.sparsity_of,
+        blocks,
+        recipe.sparsity,
+        recipe.asked_sparsity,
+        None if head is None else {head.name: math.prod(head.shape)},
+    )
 
 
 def _with_memory(plan: LinearPlan) -> LinearPlan:

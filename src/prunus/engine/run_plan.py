@@ -99,6 +99,11 @@ class RunPlan(OpenModel):
         """Hash of the code of the user's own method; None without one."""
         return None
 
+    @property
+    def allocation_sha256(self) -> str | None:
+        """Hash of the code of the user's own allocation; None without one."""
+        return None
+
     def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result and of spilled hidden states; `choice` has types, if any."""
         return self.stored_bytes + self.memory.spilled_bytes

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,8 +34,33 @@ class Manifest(LinearsRecord):
         """The method."""
         return self.method_name or self.recipe.method
 
+    @property
+    def asked_sparsity(self) -> float:
+        """The sparsity that was asked for: the mean over what is finished, if linears differ."""
+        if not self.allocation or not self.blocks:
+            return self.recipe.sparsity
+        weights = {
+            f"{block.name}.{name}": math.prod(linear.shape)
+            for block in self.blocks
+            for name, linear in block.linears.items()
+        }
+        asked = dict(self.allocation)
+        if self.head is not None:
+            # By hand the head has a name in the allocation; measured rules leave it out.
+            name = next((name for name in asked if name not in weights), "head")
+            weights[name] = math.prod(self.head.shape)
+            asked.setdefault(name, self.recipe.sparsity)
+        removed = sum(asked[name] * count for name, count in weights.items())
+        return removed / sum(weights.values())
+
+    @property
+    def shape(self) -> str:
+        """What was asked for in words, such as "2:4" or "50% unstructured"."""
+        recipe = self.recipe
+        return recipe.pattern if recipe.n_of_m else f"{self.asked_sparsity:.0%} unstructured"
+
     def _notes(self, totals: dict[str, Any]) -> list[str]:
-        lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
+        lines, asked, reached = super()._notes(totals), self.asked_sparsity, totals["sparsity"]
         if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:
             return lines
         if reached < asked:
@@ -63,16 +89,15 @@ def pruned_card(
             None for a loaded model.
         nbytes: Bytes of the files with weights; None where there are no files.
     """
-    recipe, totals = manifest.recipe.without_folders(), manifest.totals
+    totals = manifest.totals
     sparsity = totals.get("sparsity", 0.0)
-    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     return result_card(
         manifest,
         "pruned",
         [
-            f"{source_name(manifest)} with {shape} sparsity by {manifest.what}. Shapes, tokenizer "
-            f"and configuration are the source's: it loads with `{loader}.from_pretrained` and is "
-            "used like the dense model.",
+            f"{source_name(manifest)} with {manifest.shape} sparsity by {manifest.what}. Shapes, "
+            "tokenizer and configuration are the source's: it loads with "
+            f"`{loader}.from_pretrained` and is used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
         ],

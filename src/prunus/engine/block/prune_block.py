@@ -325,9 +325,11 @@ class BlockPruner:
         with self.skeleton.outside_blocks(self.plan.source.read_outside, device, with_head=True):
             statistics = self._head_statistics(head, batches)
             stored = self.plan.source.read_outside([key])[key]
+            sparsity = self.sparsities.get(head.name, self.plan.work.sparsity)
+            place = LinearPlace(head.name, inner=head.name)
             finished = prune_linear(
                 self.plan.method,
-                replace(self.plan.work, linear=LinearPlace(head.name, inner=head.name)),
+                replace(self.plan.work, sparsity=sparsity, linear=place),
                 head,
                 head.name,
                 stored,
