@@ -88,8 +88,8 @@ def option_table(model: Any) -> str:
     for name, option in model.declared().items():
         field = model.model_fields[name]
         value = None if field.is_required() else field.get_default(call_default_factory=True)
-        default = option.default or ("" if value in (None, ()) else f"`{json.dumps(value)}`")
-        flag = f"`--{name.replace('_', '-')}`" if option.flag else ""
+        default = option.default or ("" if value in (None, (), {}) else f"`{json.dumps(value)}`")
+        flag = f"`{option.switch or '--' + name.replace('_', '-')}`" if option.flag else ""
         cells = (f"`{name}`", option.help, default, flag)
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def allocate(
     Raises:
         ValueError: The user's own function does not give every linear a sparsity in [0, 1).
     """
-    if plan.measures == "inputs":
+    if plan.recipe.measures == "inputs":
         statistics: dict[str, InputStatistics] = {}
         collect_statistics(
             plan,
@@ -82,7 +82,7 @@ def allocate(
         )
         return dict(on_rank_0(lambda: _by_inputs(plan, statistics, digests)))
     with fail_together():
-        by_loss = plan.measures == "loss"
+        by_loss = plan.recipe.measures == "loss"
         found = _by_loss(plan, session, ids, digests) if by_loss else plan.sparsities
     return dict(on_rank_0(lambda: found))
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from prunus.engine.run_options import WindowOptions
+from prunus.hardware.errors import naming
 from prunus.methods.allocation import ALLOCATION_NAMES, check_glob
 from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
 from prunus.methods.table import METHOD_NAMES, METHODS, check_owners
@@ -262,12 +263,9 @@ class PruningOptions(MethodOptions, LinearOptions):
         for share in value:
             pair = _assignment(share, _SHARE_FORM) if isinstance(share, str) else share
             glob, number = pair if isinstance(pair, list | tuple) else (None, pair)
-            name = f"sparsity_of {glob or f'block {len(shares)}'}"
-            with contextlib.suppress(TypeError, ValueError):
-                number = float(number)
-            if not isinstance(number, float):
-                raise ValueError(f"{name} must be a number (got {number!r})")
-            between("[0, 1)").check(name, number)
+            with naming(f"sparsity_of {glob or f'block {len(shares)}'}"):
+                number = float(str(number))  # no other value than text ends in a ValueError
+                between("[0, 1)").check("the share", number)
             shares.append(number if glob is None else (str(glob), number))
         if len({type(share) for share in shares}) > 1:
             raise ValueError(f"give sparsity_of either {_SHARE_FORM}, or one number per block")
@@ -383,18 +381,17 @@ class PruningOptions(MethodOptions, LinearOptions):
         """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
-        rules = {f"allocation {self.allocation}": self.allocation != "uniform"}
-        rules["sparsity_of"] = bool(self.sparsity_of)
-        given = [rule for rule, is_given in rules.items() if is_given]
-        if given and self.n_of_m:
+        allocates = self.allocation != "uniform"
+        if self.n_of_m and (allocates or self.sparsity_of):
             raise ValueError(
-                f"{given[0]} distributes an unstructured sparsity; "
-                f"{self.pattern} is the same in every layer: drop one of the two"
+                f"{f'allocation {self.allocation}' if allocates else 'sparsity_of'} distributes an "
+                f"unstructured sparsity; {self.pattern} is the same in every layer: drop one of "
+                "the two"
             )
-        if len(given) > 1:
+        if allocates and self.sparsity_of:
             raise ValueError(
-                f"{given[0]} decides the sparsity of every linear, and so does sparsity_of: drop "
-                "one of the two"
+                f"allocation {self.allocation} decides the sparsity of every linear, and so does "
+                "sparsity_of: drop one of the two"
             )
 
     @property
@@ -414,8 +411,9 @@ class PruningOptions(MethodOptions, LinearOptions):
 
     @property
     def measures(self) -> Literal["nothing", "loss", "inputs"]:
-        """What of the dense model `allocation` reads."""
-        if self.allocation == "uniform":
+        """What of the dense model `allocation` reads. A rule has nothing to share at sparsity 0."""
+        by_rule = self.allocation in ALLOCATION_NAMES.known
+        if self.allocation == "uniform" or (by_rule and self.sparsity == 0):
             return "nothing"
         return "loss" if self.allocation == "fisher" else "inputs"
 

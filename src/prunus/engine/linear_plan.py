@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ class LinearPlan(RunPlan):
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {
                 "rule": "by hand" if self.shares else getattr(self.recipe, "allocation", "uniform"),
-                "measured": self.measures != "nothing",
+                "measured": self.recipe.measures != "nothing",
                 "sparsity": self.sparsity,
                 "shares": [
                     {
@@ -206,26 +206,16 @@ class LinearPlan(RunPlan):
         return {name: share.sparsity for share in self.shares for name in share.weights}
 
     @property
-    def measures(self) -> Literal["nothing", "loss", "inputs"]:
-        """What of the dense model the sparsities follow from."""
-        if self.allocate is None and self.work.sparsity == 0:
-            return "nothing"
-        return self.recipe.measures
-
-    @property
-    def method_sha256(self) -> str | None:
-        """Hash of the code of the user's own method; None for the others."""
-        if not isinstance(self.recipe, PruningOptions):
-            return None
-        own = self.options.own_method
-        return METHOD_NAMES.sha256(self.recipe.method, own and own.function)
-
-    @property
-    def allocation_sha256(self) -> str | None:
-        """Hash of the code of the user's own allocation; None for the others."""
-        if not isinstance(self.recipe, PruningOptions):
-            return None
-        return ALLOCATION_NAMES.sha256(self.recipe.allocation, self.options.own_allocation)
+    def code_sha256(self) -> dict[str, str | None]:
+        """Hashes of the code of the user's own method and allocation; see `RunPlan.code_sha256`."""
+        recipe, options = self.recipe, self.options
+        if not isinstance(recipe, PruningOptions):
+            return {}
+        function = options.own_method and options.own_method.function
+        return {
+            "method_sha256": METHOD_NAMES.sha256(recipe.method, function),
+            "allocation_sha256": ALLOCATION_NAMES.sha256(recipe.allocation, options.own_allocation),
+        }
 
     @property
     def walks(self) -> list[Walk]:
@@ -236,7 +226,7 @@ class LinearPlan(RunPlan):
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
-        return self.measures == "loss" or self.storage.measures_loss
+        return self.recipe.measures == "loss" or self.storage.measures_loss
 
     def measuring_bytes(self) -> int:
         """Bytes of that measurement; 0 without one."""
@@ -455,18 +445,18 @@ def _shares(skeleton: Skeleton, selection: LinearSelection, recipe: LinearOption
     """The linears of every sparsity by hand; see `shares_by_hand`."""
     if not isinstance(recipe, PruningOptions) or not recipe.sparsity_of:
         return []
-    weights = {name: math.prod(x.shape) for name, x in selection.linears(skeleton).items()}
-    blocks = []
-    for index, names in enumerate(selection.selected):
-        path = skeleton.block_name(index)
-        blocks.append({f"{path}.{name}": weights[f"{path}.{name}"] for name in names})
-    head = skeleton.head() if recipe.training.head else None
+    blocks = [
+        {
+            f"{skeleton.block_name(index)}.{linear.name}": math.prod(linear.shape)
+            for linear in skeleton.linears(index)
+            if linear.name in names
+        }
+        for index, names in enumerate(selection.selected)
+    ]
+    heads = [skeleton.head()] if recipe.training.head else []
+    outside = {head.name: math.prod(head.shape) for head in heads}
     return shares_by_hand(
-        recipe.sparsity_of,
-        blocks,
-        recipe.sparsity,
-        recipe.asked_sparsity,
-        None if head is None else {head.name: math.prod(head.shape)},
+        recipe.sparsity_of, blocks, recipe.sparsity, recipe.asked_sparsity, outside
     )
 
 

@@ -141,9 +141,8 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         dtype_reason=plan.dtype_reason,
         device=plan.device.type,
         batch=plan.batch,
-        method_sha256=plan.method_sha256,
-        allocation_sha256=plan.allocation_sha256,
         bos=windows.bos,
+        **plan.code_sha256,
     )
 
 

@@ -62,7 +62,7 @@ def shares_by_hand(
     blocks: Sequence[Mapping[str, int]],
     rest: float,
     asked: float | None = None,
-    head: Mapping[str, int] | None = None,
+    outside: Mapping[str, int] | None = None,
 ) -> list[Share]:
     """The linears of every sparsity that the user gives by hand.
 
@@ -86,7 +86,7 @@ def shares_by_hand(
 `sparsity` out, or change them
     """
     pairs = [rule for rule in rules if isinstance(rule, tuple)]
-    left = {name: weights for block in (*blocks, head or {}) for name, weights in block.items()}
+    left = {name: weights for block in (*blocks, outside or {}) for name, weights in block.items()}
     every, shares = list(left), list[Share]()
     for glob, sparsity in pairs:
         matched = [name for name in left if fnmatch.fnmatchcase(name, glob)]
@@ -106,7 +106,7 @@ def shares_by_hand(
         for number, (share, block) in enumerate(zip(rules, blocks, strict=True)):
             assert isinstance(share, float)
             shares.append(Share(f"block {number}", share, dict(block)))
-        left = dict(head or {})
+        left = dict(outside or {})
     if left:
         shares.append(Share("the rest", rest, left))
     mean = mean_sparsity(shares)
@@ -148,26 +148,23 @@ def check_sparsities(found: Any, names: Collection[str], rule: str) -> dict[str,
         ValueError: It is no mapping, a linear has no sparsity, a name is no linear's, or a sparsity
             is out of range.
 
-    >>> check_sparsities({"a.q": 0.5, "a.upp": 0.5}, ["a.q", "a.up"], "mine")
+    >>> check_sparsities({"a.q": 0.5}, ["a.q", "a.up"], "mine")
     Traceback (most recent call last):
-    ValueError: allocation mine gives no sparsity for 'a.up': it has 'a.upp'; did you mean a.up?
+    ValueError: allocation mine must give a sparsity to every linear that is pruned, and to \
+nothing else: 'a.up' has none
     """
     if not isinstance(found, Mapping):
         raise ValueError(
             f"allocation {rule} must return a mapping from names of linears to sparsities; it "
             f"returned a {type(found).__name__}"
         )
-    missing = next((name for name in names if name not in found), None)
-    extra = next((name for name in found if name not in names), None)
-    if missing is not None:
-        other = "" if extra is None else f": it has {extra!r}{did_you_mean(extra, names)}"
-        raise ValueError(f"allocation {rule} gives no sparsity for {missing!r}{other}")
-    if extra is not None:
-        raise ValueError(
-            f"allocation {rule} has {extra!r}, which is no linear that is pruned"
-            f"{did_you_mean(extra, names)}"
-        )
-    for name in names:
+    for name in (*names, *found):
+        if name not in found or name not in names:
+            raise ValueError(
+                f"allocation {rule} must give a sparsity to every linear that is pruned, and to "
+                f"nothing else: {name!r} "
+                + ("has none" if name in names else f"is none{did_you_mean(name, names)}")
+            )
         between("[0, 1)").check(f"the sparsity that allocation {rule} gives {name}", found[name])
     return {name: float(found[name]) for name in names}
 

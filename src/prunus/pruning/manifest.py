@@ -5,12 +5,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 from prunus.engine.linear_record import LinearsRecord, calibration_words
 from prunus.engine.run_record import result_card, source_name
+from prunus.methods.allocation import ALLOCATION_NAMES
 from prunus.pruning.recipe import Recipe
 
 # A sparsity that differs less than this from the one that was asked for is the same for people.
@@ -36,22 +36,10 @@ class Manifest(LinearsRecord):
 
     @property
     def asked_sparsity(self) -> float:
-        """The sparsity that was asked for: the mean over what is finished, if linears differ."""
-        if not self.allocation or not self.blocks:
-            return self.recipe.sparsity
-        weights = {
-            f"{block.name}.{name}": math.prod(linear.shape)
-            for block in self.blocks
-            for name, linear in block.linears.items()
-        }
-        asked = dict(self.allocation)
-        if self.head is not None:
-            # By hand the head has a name in the allocation; measured rules leave it out.
-            name = next((name for name in asked if name not in weights), "head")
-            weights[name] = math.prod(self.head.shape)
-            asked.setdefault(name, self.recipe.sparsity)
-        removed = sum(asked[name] * count for name, count in weights.items())
-        return removed / sum(weights.values())
+        """The recipe's sparsity, or what was reached if the user gives every linear its own."""
+        recipe = self.recipe
+        own = recipe.sparsity_of or recipe.allocation not in ALLOCATION_NAMES.known
+        return self.summary()["sparsity"] if own and self.blocks else recipe.sparsity
 
     @property
     def shape(self) -> str:
