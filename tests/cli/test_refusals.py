@@ -146,7 +146,7 @@ OTHERS = [
     # Misspelt names: all that there are, and the nearest.
     ("prune dense out --preset balence", "fast, balanced, best, max; did you mean balanced\\?$"),
     ("prune dense out --method wandda", "magnitude, .* FILE.py:NAME; did you mean wanda\\?$"),
-    ("prune dense out --allocation fischer", "'uniform', 'fisher'; did you mean fisher\\? \\("),
+    ("prune dense out --allocation fischer", "uniform, fisher, owl, .*; did you mean fisher\\?$"),
     ("prune dense out --calibration wikitext", "none of c4, .*; did you mean wikitext2\\?$"),
     ("prune dense out --recipe misspelt.toml", "known are .*; did you mean sparsity\\?$"),
     ("prune dense out --device gpu", "auto, cpu, cuda .*; did you mean cuda\\?$"),

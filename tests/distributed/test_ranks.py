@@ -32,7 +32,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["wanda", "two passes", "allocation"])
+@pytest.mark.parametrize("name", ["wanda", "two passes", "allocation", "owl"])
 def test_methods_that_need_norms_give_the_same_bytes(found, name):
     assert found["methods"][name] == {"masks": 0.0, "weights": 0.0, "bytes": True}
 

@@ -4,10 +4,15 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
+from prunus.methods.allocation import (
+    allocate_by_error,
+    allocate_by_outliers,
+    round_to_whole_weights,
+)
 
 
 def mean(sparsities: list[float], weights: list[int]) -> float:
@@ -59,6 +64,41 @@ def test_a_curve_that_is_not_convex_is_replaced_by_its_hull():
     """The first curve is steep up to 0.4 and flat after it, so stopping at 0.4 would be worst."""
     dented, straight = [(0.0, 0.0), (0.4, 8.0), (0.8, 8.1)], [(0.0, 0.0), (0.4, 4.5), (0.8, 9.0)]
     assert allocate_by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
+
+
+# --- by outliers ---
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9)), min_size=2, max_size=9),
+    st.floats(0.2, 0.8),
+    st.floats(0, 0.1),
+)
+@settings(deadline=None)
+def test_sparsities_fall_with_the_outliers_over_the_whole_spread(layers, sparsity, spread):
+    outliers, weights = (list(each) for each in zip(*layers, strict=True))
+    assume(max(outliers) - min(outliers) > 1e-6)
+    found = allocate_by_outliers(outliers, weights, sparsity, spread)
+    assert mean(found, weights) == pytest.approx(sparsity)
+    assert max(found) - min(found) == pytest.approx(2 * spread)
+    # The places between the two ends are those of the outliers, in reverse.
+    for value, share in zip(found, outliers, strict=True):
+        place = (share - min(outliers)) / (max(outliers) - min(outliers))
+        assert value == pytest.approx(max(found) - 2 * spread * place)
+
+
+def test_layers_of_equal_size_have_the_sparsities_of_the_original_code():
+    """Its steps, one by one: percentages, the spread 2λ from 0, and the mean density 1 - S."""
+    percentages = torch.tensor([4.1, 2.9, 3.3, 3.0, 5.2], dtype=torch.float64)
+    distance = percentages - percentages.min()
+    kept = distance / (percentages.max() - percentages.min()) * (2 * 0.08)
+    kept = kept - kept.mean() + (1 - 0.7)
+    found = allocate_by_outliers((percentages / 100).tolist(), [7] * 5, 0.7)
+    assert found == pytest.approx((1 - kept).tolist())
+
+
+def test_layers_with_as_many_outliers_have_the_same_sparsity():
+    assert allocate_by_outliers([0.25, 0.25], [1, 2], 0.5) == [0.5, 0.5]
 
 
 # --- whole weights ---

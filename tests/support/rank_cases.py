@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"dtype": "auto"},
     "two passes": {"propagate": "block"},
     "allocation": {"allocation": "fisher"},
+    "owl": {"allocation": "owl"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
     "obs": {"method": "obs", "mask_order": "blockwise", "mask_from": "magnitude"},
     "alps, dense targets": {"method": "alps", "dense_weight": 0.25},

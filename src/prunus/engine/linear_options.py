@@ -15,15 +15,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from prunus.engine.run_options import WindowOptions
+from prunus.hardware.errors import naming
+from prunus.methods.allocation import ALLOCATION_NAMES, check_glob
 from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
-from prunus.methods.table import METHODS, check_method_name, check_owners
+from prunus.methods.table import METHOD_NAMES, METHODS, check_owners
 from prunus.options import Option, at_least, between, percent
 
 #: Heading of these options in --help.
 SELECTION = "Allocation and selection"
+# How a sparsity by hand is written.
+_SHARE_FORM = "GLOB=SHARE, such as '*.mlp.*=0.6'"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
@@ -104,9 +108,9 @@ class LinearOptions(UpdateOptions, WindowOptions):
         return TrainingPlan()
 
     @property
-    def allocates(self) -> bool:
-        """Whether the sparsity of each linear is measured, on windows of the dense model."""
-        return False
+    def measures(self) -> Literal["nothing", "loss", "inputs"]:
+        """What of the dense model the sparsity of each linear follows from."""
+        return "nothing"
 
     @property
     def rounds(self) -> str:
@@ -130,11 +134,7 @@ class LinearOptions(UpdateOptions, WindowOptions):
         names = list(names)
         for option, globs in (("only", self.only), ("ignore", self.ignore)):
             for glob in globs:
-                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                    raise ValueError(
-                        f"`{option}` {glob!r} matches none of the {len(names)} linears; names look "
-                        f"like {names[0]!r}, and * stands for anything: '*.mlp.*'"
-                    )
+                check_glob(option, glob, names)
         if not any(self.selects(name) for name in names):
             raise ValueError("`only` and `ignore` leave no linear to prune")
 
@@ -149,12 +149,18 @@ class PruningOptions(MethodOptions, LinearOptions):
     Attributes:
         method: The pruning method, by name or as FILE.py:NAME. It chooses the zeros, and may update
             the other weights.
-        sparsity: The share of each linear's weights to remove, in [0, 1).
+        sparsity: The share of each linear's weights to remove, in [0, 1). A mapping or a list is
+            taken for `sparsity_of`.
+        sparsity_of: Sparsities by hand: pairs of a glob and a sparsity, of which the first that
+            matches the full name of a linear counts, or a sparsity for each block. All linears
+            that no glob matches have `sparsity`. A mapping and texts such as "*.mlp.*=0.6" are
+            taken for pairs.
         pattern: "unstructured", or N:M.
         group: Which weights compete: "row", "layer", "column", "block" (all rows of `block_size`
             columns), "block-row" (each row of them), or a number of rows per group; None for those
             that compete in the method's paper.
-        allocation: How the sparsity is distributed over linears, with the same mean.
+        allocation: How the sparsity is distributed over linears: a rule by name, with the same
+            mean, or a function of one's own as FILE.py:NAME.
         method_options: The options that a method of one's own declares: name -> value. A keyword or
             a line of a file that is no option of prunus is taken for one of them.
 
@@ -182,6 +188,16 @@ class PruningOptions(MethodOptions, LinearOptions):
             is_condition=True,
         ),
     ] = 0.5
+    sparsity_of: Annotated[
+        tuple[tuple[str, float] | float, ...],
+        Option(
+            "Remove this share from linears whose names match; may be repeated, and the first "
+            "match counts. The other linears have --sparsity.",
+            metavar="GLOB=SHARE",
+            panel=SELECTION,
+            is_condition=True,
+        ),
+    ] = ()
     pattern: Annotated[
         str,
         Option(
@@ -202,12 +218,14 @@ class PruningOptions(MethodOptions, LinearOptions):
         ),
     ] = None
     allocation: Annotated[
-        Literal["uniform", "fisher"],
+        str,
         Option(
             "Give all linears the same sparsity (uniform), or let those whose errors cost the "
-            "model most keep more, by gradients of the dense model (fisher).",
+            "model most keep more, by gradients of the dense model (fisher), or blocks with more "
+            "outliers (owl), or ask a function of your own, FILE.py:NAME.",
             metavar="RULE",
             panel=SELECTION,
+            suggestions=lambda: ALLOCATION_NAMES.known,
         ),
     ] = "uniform"
 
@@ -227,20 +245,50 @@ class PruningOptions(MethodOptions, LinearOptions):
         """A dict, or a list of texts such as "power=0.5" from the command line."""
         if not isinstance(value, list | tuple):
             return value
-        for text in value:
-            if not isinstance(text, str) or "=" not in text:
-                raise ValueError(f"give NAME=VALUE, such as power=0.5; got {text!r}")
-        options = dict(text.split("=", 1) for text in value)
+        options = dict(_assignment(text, "NAME=VALUE, such as power=0.5") for text in value)
         for name, text in options.items():
             with contextlib.suppress(ValueError):
                 options[name] = json.loads(text)
         return options
+
+    @field_validator("sparsity_of", mode="before")
+    @classmethod
+    def _read_shares(cls, value: Any) -> Any:
+        """A mapping, or a list of pairs, of texts such as "*.mlp.*=0.6", or of numbers."""
+        if isinstance(value, Mapping):
+            value = value.items()
+        elif isinstance(value, str) or not isinstance(value, Iterable):
+            raise ValueError(f"give sparsities by GLOB, or a list of one per block; got {value!r}")
+        shares: list[tuple[str, float] | float] = []
+        for share in value:
+            pair = _assignment(share, _SHARE_FORM) if isinstance(share, str) else share
+            glob, number = pair if isinstance(pair, list | tuple) else (None, pair)
+            with naming(f"sparsity_of {glob or f'block {len(shares)}'}"):
+                number = float(str(number))  # no other value than text ends in a ValueError
+                between("[0, 1)").check("the share", number)
+            shares.append(number if glob is None else (str(glob), number))
+        if len({type(share) for share in shares}) > 1:
+            raise ValueError(f"give sparsity_of either {_SHARE_FORM}, or one number per block")
+        return tuple(shares)
+
+    @model_serializer(mode="wrap")
+    def _without_unasked_sparsity(self, dump: Any) -> dict[str, Any]:
+        """All values; next to sparsities by hand no default that nobody has asked for."""
+        values: dict[str, Any] = dump(self)
+        if self.sparsity_of and self.asked_sparsity is None:
+            values.pop("sparsity", None)
+        return values
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_sparsity(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values  # a damaged record, which pydantic refuses next
+        if isinstance(values.get("sparsity"), dict | list | tuple):
+            if values.get("sparsity_of"):
+                raise ValueError("sparsity and sparsity_of both have sparsities by hand: drop one")
+            values = values | {"sparsity_of": values["sparsity"]}
+            del values["sparsity"]
         values = cls._with_own_options(cls.filled_in(values))
         sparsity = values.get("sparsity")
         if isinstance(sparsity, str) and _PATTERN.match(sparsity):
@@ -286,7 +334,13 @@ class PruningOptions(MethodOptions, LinearOptions):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        check_method_name(value)
+        METHOD_NAMES.check(value)
+        return value
+
+    @field_validator("allocation")
+    @classmethod
+    def _known_allocation(cls, value: str) -> str:
+        ALLOCATION_NAMES.check(value)
         return value
 
     @field_validator("group", mode="before")
@@ -327,10 +381,17 @@ class PruningOptions(MethodOptions, LinearOptions):
         """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
-        if self.allocation != "uniform" and self.n_of_m:
+        allocates = self.allocation != "uniform"
+        if self.n_of_m and (allocates or self.sparsity_of):
             raise ValueError(
-                f"allocation {self.allocation} distributes an unstructured sparsity; "
-                f"{self.pattern} is the same in every layer: drop one of the two"
+                f"{f'allocation {self.allocation}' if allocates else 'sparsity_of'} distributes an "
+                f"unstructured sparsity; {self.pattern} is the same in every layer: drop one of "
+                "the two"
+            )
+        if allocates and self.sparsity_of:
+            raise ValueError(
+                f"allocation {self.allocation} decides the sparsity of every linear, and so does "
+                "sparsity_of: drop one of the two"
             )
 
     @property
@@ -344,6 +405,22 @@ class PruningOptions(MethodOptions, LinearOptions):
         return (int(match[1]), int(match[2])) if match else None
 
     @property
-    def allocates(self) -> bool:
-        """Whether `allocation` measures the sparsity of each linear."""
-        return self.allocation == "fisher"
+    def asked_sparsity(self) -> float | None:
+        """The sparsity, if it was given; None for a default."""
+        return self.sparsity if "sparsity" in self.model_fields_set else None
+
+    @property
+    def measures(self) -> Literal["nothing", "loss", "inputs"]:
+        """What of the dense model `allocation` reads. A rule has nothing to share at sparsity 0."""
+        by_rule = self.allocation in ALLOCATION_NAMES.known
+        if self.allocation == "uniform" or (by_rule and self.sparsity == 0):
+            return "nothing"
+        return "loss" if self.allocation == "fisher" else "inputs"
+
+
+def _assignment(text: Any, form: str) -> tuple[str, str]:
+    """The two parts of a text such as "power=0.5"; an error says which `form` it must have."""
+    if not isinstance(text, str) or "=" not in text:
+        raise ValueError(f"give {form}; got {text!r}")
+    name, _, value = text.partition("=")
+    return name, value

@@ -13,7 +13,8 @@ the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,11 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
+from prunus.methods.allocation import ALLOCATION_NAMES, Share, mean_sparsity, shares_by_hand
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
-from prunus.methods.table import method_sha256
+from prunus.methods.table import METHOD_NAMES
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
@@ -127,13 +130,17 @@ class LinearPlan(RunPlan):
         recipe: The options that decide the bytes of the result.
         storage: How linears are stored in the result.
         method: How every linear is pruned, with targets and weight updates composed in.
-        work: What the run asks of the method.
+        work: What the run asks of the method. Its sparsity is that of linears without another.
+        shares: The linears of every sparsity by hand; empty if none is by hand.
+        allocate: The user's own function that gives every linear a sparsity; None for none.
     """
 
     recipe: LinearOptions
     storage: Storage
     method: Method
     work: Work
+    shares: Sequence[Share] = ()
+    allocate: Callable[..., Any] | None = None
 
     @property
     def selected(self) -> list[list[str]]:
@@ -151,7 +158,9 @@ class LinearPlan(RunPlan):
         - `to_remove`: weights that become zero, a number;
         - `left_dense`: name of a weight that stays as it is -> its shape;
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
-        - `rounded_before`: the same in words; empty where the weights lie on no grid.
+        - `rounded_before`: the same in words; empty where the weights lie on no grid;
+        - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
+          rule by hand its sparsity and its numbers of linears and of weights.
         """
         shapes: list[tuple[int, int]] = [x.shape for x in self.selected_linears().values()]
         weights = sum(rows * columns for rows, columns in shapes)
@@ -159,25 +168,50 @@ class LinearPlan(RunPlan):
             **super().describe(),
             "linears": len(shapes),
             "weights": weights,
-            "to_remove": int(weights * self.work.sparsity),
+            "to_remove": int(weights * self.sparsity),
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "grid_bits": self.grid_bits,
             "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {
-                "rule": "fisher" if self.recipe.allocates else "uniform",
-                "measured": self.recipe.allocates and self.work.sparsity > 0,
+                "rule": "by hand" if self.shares else getattr(self.recipe, "allocation", "uniform"),
+                "measured": self.recipe.measures != "nothing",
+                "sparsity": self.sparsity,
+                "shares": [
+                    {
+                        "rule": share.rule,
+                        "sparsity": share.sparsity,
+                        "linears": len(share.weights),
+                        "weights": sum(share.weights.values()),
+                    }
+                    for share in self.shares
+                ],
             },
             **self.storage.describe(choice),
         }
 
     @property
-    def method_sha256(self) -> str | None:
-        """Hash of the code of the user's own method; None for the others."""
-        if not isinstance(self.recipe, PruningOptions):
-            return None
-        return method_sha256(self.recipe.method, self.options.own_method)
+    def sparsity(self) -> float:
+        """The mean sparsity that is asked for, over all weights."""
+        return mean_sparsity(self.shares) if self.shares else self.work.sparsity
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The sparsities by hand: full name of a linear -> sparsity."""
+        return {name: share.sparsity for share in self.shares for name in share.weights}
+
+    @property
+    def code_sha256(self) -> dict[str, str | None]:
+        """Hashes of the code of the user's own method and allocation; see `RunPlan.code_sha256`."""
+        recipe, options = self.recipe, self.options
+        if not isinstance(recipe, PruningOptions):
+            return {}
+        function = options.own_method and options.own_method.function
+        return {
+            "method_sha256": METHOD_NAMES.sha256(recipe.method, function),
+            "allocation_sha256": ALLOCATION_NAMES.sha256(recipe.allocation, options.own_allocation),
+        }
 
     @property
     def walks(self) -> list[Walk]:
@@ -188,8 +222,7 @@ class LinearPlan(RunPlan):
     @property
     def measures_loss(self) -> bool:
         """Whether the run begins by measuring how the loss depends on each linear."""
-        allocates = self.recipe.allocates and self.work.sparsity > 0
-        return allocates or self.storage.measures_loss
+        return self.recipe.measures == "loss" or self.storage.measures_loss
 
     def measuring_bytes(self) -> int:
         """Bytes of that measurement; 0 without one."""
@@ -236,7 +269,6 @@ class LinearPlan(RunPlan):
         if not self.method.needs_drift:
             return False
         # Dense targets, and the solver below them, are loaded by the runs that use them.
-        from prunus.methods.dense_targets import drift_is_worthwhile
 
         return drift_is_worthwhile(in_features, self.tokens)
 
@@ -363,6 +395,9 @@ def plan_run(
             was given, what is wrong and what to do.
     """
     method, work = _method_and_work(recipe, options.own_method)
+    own_allocation = options.own_allocation
+    if isinstance(recipe, PruningOptions) and recipe.allocation not in ALLOCATION_NAMES.known:
+        own_allocation = own_allocation or ALLOCATION_NAMES.load(recipe.allocation)
     opened = open_model(model, options, session)
     if recipe.training.head:
         head = opened.skeleton.head()
@@ -373,7 +408,7 @@ def plan_run(
         storage = storage_of(opened, linears)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
     needs: Needs = "gram" if options.measure_error else method.needs
-    walks = needs != "none" or trains != ""
+    walks = needs != "none" or trains != "" or recipe.measures == "inputs"
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
     batch = 1 if work.reference_order else None  # the reference order sums window by window
     facts = run_facts(
@@ -381,7 +416,7 @@ def plan_run(
         recipe,
         options,
         needs=needs,
-        needs_inputs=walks or recipe.allocates or storage.measures_loss,
+        needs_inputs=walks or recipe.measures == "loss" or storage.measures_loss,
         # Only a method that inverts the Gram matrix itself decides the dtype by it.
         adds_ridge=method.adds_ridge or method.needs != "gram",
         decided_dtype=decided_dtype,
@@ -393,6 +428,8 @@ def plan_run(
         storage=storage,
         method=method,
         work=work,
+        shares=_shares(opened.skeleton, linears, recipe),
+        allocate=own_allocation,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -431,6 +468,25 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.training.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)
+
+
+def _shares(skeleton: Skeleton, selection: LinearSelection, recipe: LinearOptions) -> list[Share]:
+    """The linears of every sparsity by hand; see `shares_by_hand`."""
+    if not isinstance(recipe, PruningOptions) or not recipe.sparsity_of:
+        return []
+    blocks = [
+        {
+            f"{skeleton.block_name(index)}.{linear.name}": math.prod(linear.shape)
+            for linear in skeleton.linears(index)
+            if linear.name in names
+        }
+        for index, names in enumerate(selection.selected)
+    ]
+    heads = [skeleton.head()] if recipe.training.head else []
+    outside = {head.name: math.prod(head.shape) for head in heads}
+    return shares_by_hand(
+        recipe.sparsity_of, blocks, recipe.sparsity, recipe.asked_sparsity, outside
+    )
 
 
 def _with_memory(plan: LinearPlan) -> LinearPlan:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
-from prunus.distributed import fail_together, on_rank_0
 from prunus.engine.block.prune_block import BlockPruner
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
 from prunus.engine.linear_record import LinearsRecord
@@ -76,13 +75,17 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
         """Decide the sparsity of every linear. A resumed run takes it from its record."""
         record = run.record
-        if run.plan.recipe.allocates and not record.allocation:
-            # The rule, and the measurement that it needs, are loaded by the runs that allocate.
+        recipe = run.plan.recipe
+        if not record.allocation and recipe.measures == "nothing":
+            record.allocation = dict(run.plan.sparsities)
+        elif not record.allocation:
+            # The rules, and the measurements that they need, are loaded by the runs that have one.
             from prunus.engine.allocate_sparsity import allocate
 
-            with fail_together():
-                record.allocation = allocate(run.plan, run.session, run.windows, record.measured)
-            record.allocation = on_rank_0(lambda: record.allocation)
+            spill_folder = self._output(run).folder
+            record.allocation = allocate(
+                run.plan, run.session, run.windows, record.measured, spill_folder
+            )
 
     def change(self, run: Run[LinearPlan, _Record], prepared: Any) -> None:
         """Change all linears block by block, and complete the result."""

@@ -128,6 +128,7 @@ class RunOptions(Options):
             pixel values (samples, channels, height, width), or texts, rows of a data set or chats;
             see `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
+        own_allocation: A function that gives every linear a sparsity; see `allocate`.
     """
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
@@ -188,3 +189,4 @@ class RunOptions(Options):
     ] = None
     calibration_data: Any = None
     own_method: Any = None
+    own_allocation: Any = None

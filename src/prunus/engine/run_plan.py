@@ -100,9 +100,9 @@ class RunPlan(OpenModel):
     walks_windows: bool = True
 
     @property
-    def method_sha256(self) -> str | None:
-        """Hash of the code of the user's own method; None without one."""
-        return None
+    def code_sha256(self) -> dict[str, str | None]:
+        """Hashes of the user's own code, by their fields of `WindowInputs`; empty without any."""
+        return {}
 
     def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result and of spilled hidden states; `choice` has types, if any."""

@@ -141,9 +141,9 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         dtype_reason=plan.dtype_reason,
         device=plan.device.type,
         batch=plan.batch,
-        method_sha256=plan.method_sha256,
         bos=windows.bos,
         measure_error=plan.options.measure_error,
+        **plan.code_sha256,
     )
 
 

@@ -49,7 +49,10 @@ class CompressionRecipe(LinearOptions):
         "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
         **dict.fromkeys(
-            ("method", "sparsity", "pattern", "group", "allocation", "weight_update"),
+            (
+                *("method", "sparsity", "sparsity_of", "pattern", "group", "allocation"),
+                "weight_update",
+            ),
             "it removes weights, and no file of compress gets smaller by zeros; use prunus prune",
         ),
     }

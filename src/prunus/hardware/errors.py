@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import importlib.util
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 #: Errors whose message says enough without the name of their type.
 _CLEAR = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
@@ -59,6 +61,26 @@ def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
     names = {name.lower(): name for name in choices}
     near = difflib.get_close_matches(str(wrong).lower(), names, n=1)
     return f"; did you mean {what}{names[near[0]]}?" if near else ""
+
+
+def nearest_glob(glob: str, names: Sequence[str]) -> str:
+    """A hint for a glob that matches none of `names`: the nearest that does, or "" if none is near.
+
+    Every word of the glob that is in no name is replaced by the most similar one.
+
+    >>> nearest_glob("*.mpl.*", ["layers.0.mlp.up"]), nearest_glob("up", ["layers.0.mlp.up"])
+    ("; did you mean '*.mlp.*'?", "; did you mean '*.up'?")
+    """
+    known = sorted({word for name in names for word in re.findall(r"\w+", name)})
+
+    def mend(word: re.Match[str]) -> str:
+        return (difflib.get_close_matches(word[0], known, 1) or [word[0]])[0]
+
+    mended = re.sub(r"\w+", mend, glob)
+    for near in (mended, f"*.{mended}", f"*{mended}*"):
+        if fnmatch.filter(names, near):
+            return f"; did you mean {near!r}?"
+    return ""
 
 
 def require_library(module: str, purpose: str, extra: str) -> None:

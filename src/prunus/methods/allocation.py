@@ -1,14 +1,202 @@
 """How a sparsity is allocated to layers, where a layer is a block or a single linear.
 
 These are pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted
-by the layers' numbers of weights, is the sparsity of the whole.
+by the layers' numbers of weights, is the sparsity of the whole. Imports no torch.
+
+    allocate_by_error       by curves of the error over the sparsity
+    allocate_by_outliers    by the share of outliers: OWL
+    shares_by_hand          as the user says, by names or by blocks
+    check_sparsities        what a function of the user's own returns
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
+
+from prunus.hardware.errors import did_you_mean, nearest_glob
+from prunus.methods.own_code import OwnCode
+from prunus.options import between
+
+#: The rules of allocation, also a user's own.
+ALLOCATION_NAMES = OwnCode(
+    option="allocation",
+    known=("uniform", "fisher", "owl"),
+    must="function",
+    path="a function",
+    fits=callable,
+)
+# Sparsities by hand that differ less than this from the one that is asked for add up to it.
+_SAME_SPARSITY = 0.0005
+
+
+class Share(NamedTuple):
+    """Linears that have one sparsity by hand.
+
+    Attributes:
+        rule: What chose them: a glob, "block 3", or "the rest".
+        sparsity: The share of their weights to remove.
+        weights: Full name of each linear -> its number of weights.
+    """
+
+    rule: str
+    sparsity: float
+    weights: dict[str, int]
+
+
+def mean_sparsity(shares: Sequence[Share]) -> float:
+    """The mean over all weights.
+
+    >>> mean_sparsity([Share("a", 0.5, {"a": 30}), Share("b", 0.1, {"b": 10})])
+    0.4
+    """
+    removed = math.fsum(share.sparsity * sum(share.weights.values()) for share in shares)
+    return removed / sum(sum(share.weights.values()) for share in shares)
+
+
+def shares_by_hand(
+    rules: Sequence[tuple[str, float] | float],
+    blocks: Sequence[Mapping[str, int]],
+    rest: float,
+    asked: float | None = None,
+    outside: Mapping[str, int] | None = None,
+) -> list[Share]:
+    """The linears of every sparsity that the user gives by hand.
+
+    Args:
+        rules: Pairs of a glob and a sparsity, of which the first that matches the full name of a
+            linear counts; or a sparsity for each block.
+        blocks: For each block its linears: full name -> number of weights.
+        rest: The sparsity of linears that no rule names.
+        asked: The mean that the sparsities must have if the rules name all linears; None for any.
+
+    Raises:
+        ValueError: A glob matches no linear, or only such that an earlier glob matches; the numbers
+            are more or fewer than the blocks; or they do not have the mean that was asked for.
+
+    >>> blocks = [{"0.q": 10, "0.up": 30}, {"1.q": 10, "1.up": 30}]
+    >>> [(s.rule, s.sparsity, [*s.weights]) for s in shares_by_hand([("*.up", 0.6)], blocks, 0.5)]
+    [('*.up', 0.6, ['0.up', '1.up']), ('the rest', 0.5, ['0.q', '1.q'])]
+    >>> shares_by_hand([("*.up", 0.6), ("*", 0.2)], blocks, 0.5, asked=0.4)
+    Traceback (most recent call last):
+    ValueError: the sparsities by hand have the mean 0.5, and `sparsity` asks for 0.4: leave \
+`sparsity` out, or change them
+    """
+    pairs = [rule for rule in rules if isinstance(rule, tuple)]
+    left = {name: weights for block in (*blocks, outside or {}) for name, weights in block.items()}
+    every, shares = list(left), list[Share]()
+    for glob, sparsity in pairs:
+        matched = [name for name in left if fnmatch.fnmatchcase(name, glob)]
+        if not matched:
+            check_glob("sparsity_of", glob, every)
+            raise ValueError(
+                f"`sparsity_of` {glob!r} never counts, because globs before it match all of its "
+                "linears and the first that matches counts: put it before them"
+            )
+        shares.append(Share(glob, sparsity, {name: left.pop(name) for name in matched}))
+    if not pairs:
+        if len(rules) != len(blocks):
+            raise ValueError(
+                f"`sparsity_of` has {len(rules)} numbers, and the model has {len(blocks)} blocks: "
+                "give one number per block, or globs"
+            )
+        for number, (share, block) in enumerate(zip(rules, blocks, strict=True)):
+            assert isinstance(share, float)
+            shares.append(Share(f"block {number}", share, dict(block)))
+        left = dict(outside or {})
+    if left:
+        shares.append(Share("the rest", rest, left))
+    mean = mean_sparsity(shares)
+    if asked is not None and not left and abs(mean - asked) > _SAME_SPARSITY:
+        raise ValueError(
+            f"the sparsities by hand have the mean {mean:.4g}, and `sparsity` asks for {asked:g}: "
+            "leave `sparsity` out, or change them"
+        )
+    return shares
+
+
+def check_glob(option: str, glob: str, names: Sequence[str]) -> None:
+    """Check that a pattern of names matches: a typing error would prune the wrong linears.
+
+    Args:
+        option: The option that has the glob.
+        glob: The pattern.
+        names: Full names of the linears that it may match.
+
+    Raises:
+        ValueError: It matches none; names the nearest pattern that does.
+    """
+    if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+        raise ValueError(
+            f"`{option}` {glob!r} matches none of the {len(names)} linears; names look like "
+            f"{names[0]!r}, and * stands for anything: '*.mlp.*'{nearest_glob(glob, names)}"
+        )
+
+
+def check_sparsities(found: Any, names: Collection[str], rule: str) -> dict[str, float]:
+    """What a rule returned, if it gives every linear a sparsity.
+
+    Args:
+        found: What it returned.
+        names: Full names of the linears.
+        rule: The name of the rule, for errors.
+
+    Raises:
+        ValueError: It is no mapping, a linear has no sparsity, a name is no linear's, or a sparsity
+            is out of range.
+
+    >>> check_sparsities({"a.q": 0.5}, ["a.q", "a.up"], "mine")
+    Traceback (most recent call last):
+    ValueError: allocation mine must give a sparsity to every linear that is pruned, and to \
+nothing else: 'a.up' has none
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"allocation {rule} must return a mapping from names of linears to sparsities; it "
+            f"returned a {type(found).__name__}"
+        )
+    for name in (*names, *found):
+        if name not in found or name not in names:
+            raise ValueError(
+                f"allocation {rule} must give a sparsity to every linear that is pruned, and to "
+                f"nothing else: {name!r} "
+                + ("has none" if name in names else f"is none{did_you_mean(name, names)}")
+            )
+        between("[0, 1)").check(f"the sparsity that allocation {rule} gives {name}", found[name])
+    return {name: float(found[name]) for name in names}
+
+
+def allocate_by_outliers(
+    outliers: Sequence[float], weights: Sequence[int], sparsity: float, spread: float = 0.08
+) -> list[float]:
+    """Layers with more outliers keep more weights: OWL (Yin et al. 2024, arXiv 2310.05175).
+
+    As in the original code, the sparsities are a linear function of the outliers, the highest and
+    the lowest differ by 2·`spread`, and their mean is `sparsity`. (The paper says that none differs
+    from `sparsity` by more than `spread`. That holds where the outliers lie evenly about their
+    mean.)
+
+    Args:
+        outliers: The share of outliers of each layer, in any unit.
+        weights: The number of weights of each layer. The original has layers of one size.
+        sparsity: The sparsity of all layers together.
+        spread: λ of the paper.
+
+    Returns:
+        The sparsity of each layer.
+
+    >>> [round(value, 2) for value in allocate_by_outliers([0.0, 1.0, 4.0, 3.0], [1] * 4, 0.7)]
+    [0.78, 0.74, 0.62, 0.66]
+    """
+    low, high = min(outliers), max(outliers)
+    if low == high:
+        return [sparsity] * len(outliers)
+    kept = [2 * spread * (value - low) / (high - low) for value in outliers]
+    mean = math.fsum(k * n for k, n in zip(kept, weights, strict=True)) / sum(weights)
+    return [sparsity + mean - value for value in kept]
 
 
 def allocate_by_error(

@@ -10,20 +10,13 @@ before any work, and methods by their names (also a user's own).
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.hardware.errors import did_you_mean
 from prunus.methods.method_options import MethodOptions
-from prunus.model.checkpoint.files import read_limited
+from prunus.methods.own_code import OwnCode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,37 +312,14 @@ def check_options(
         )
 
 
-#: A recipe names a `Method` that was given in Python by this prefix and the name of the method.
-GIVEN = "given:"
-
-
-def check_method_name(method: str) -> None:
-    """Check what can be checked of a method's name without loading a file.
-
-    Args:
-        method: A name of the table, FILE.py:NAME, or `GIVEN` and a name.
-
-    Raises:
-        ValueError: The name is none of these.
-
-    >>> check_method_name("wandb")
-    Traceback (most recent call last):
-    ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
-sparsegpt, sparsegpt-score, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
-    """
-    if method in METHODS or method.startswith(GIVEN):
-        return
-    file, name = _split(method)
-    if file.suffix != ".py":
-        raise ValueError(
-            f"the method {method!r} is unknown: choose one of {', '.join(METHODS)}, or name your "
-            f"own as FILE.py:NAME{did_you_mean(method, METHODS)}"
-        )
-    if not name.isidentifier():
-        raise ValueError(
-            f"the method {method!r} names a file but no method in it: give FILE.py:NAME, where "
-            "NAME is a prunus.methods.Method of the file"
-        )
+#: The names of methods, also of a user's own.
+METHOD_NAMES = OwnCode(
+    option="method",
+    known=METHODS,
+    must="Method",
+    path="a prunus.methods.Method",
+    fits=lambda value: isinstance(value, Method),
+)
 
 
 def get_method(method: str) -> Method:
@@ -362,76 +332,9 @@ def get_method(method: str) -> Method:
 
     >>> get_method("wanda").needs
     'norms'
+    >>> get_method("wandb")
+    Traceback (most recent call last):
+    ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
+sparsegpt, sparsegpt-score, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
     """
-    check_method_name(method)
-    if method in METHODS:
-        return METHODS[method]
-    if method.startswith(GIVEN):
-        raise ValueError(
-            f"the method {method.removeprefix(GIVEN)!r} was given in Python: give the Method again"
-        )
-    file, name = _split(method)
-    return _load(file.resolve(), name, _sha256(file))
-
-
-def method_sha256(method: str, given: Method | None = None) -> str | None:
-    """The SHA-256 of the code of a user's own method; None for the methods of the table.
-
-    Args:
-        method: The name of the method, see `check_method_name`.
-        given: The method itself where it was given in Python. Its hash is None where the code of
-            its function is in no file.
-
-    Raises:
-        FileNotFoundError: The file of the method cannot be read.
-    """
-    if given is not None:
-        try:
-            return hashlib.sha256(inspect.getsource(given.function).encode()).hexdigest()  # type: ignore[arg-type]
-        except (OSError, TypeError):
-            return None  # A function that was typed at a prompt has no source.
-    file = _split(method)[0]
-    return _sha256(file) if file.suffix == ".py" else None
-
-
-def _split(method: str) -> tuple[Path, str]:
-    """File and name. A path on Windows has a colon too, so the last one separates them."""
-    path, _, name = (method + ":" if method.endswith(".py") else method).rpartition(":")
-    return Path(path).expanduser(), name
-
-
-def _sha256(file: Path) -> str:
-    """The hash of a file of code, or an error that says how to name one."""
-    try:
-        return hashlib.sha256(read_limited(file)).hexdigest()
-    except OSError as fault:
-        raise FileNotFoundError(
-            f"the method's file {file} cannot be read ({fault.strerror}): give FILE.py:NAME"
-        ) from None
-
-
-@functools.cache
-def _load(file: Path, name: str, sha256: str) -> Method:
-    """The method `name` of a file. A changed file has another hash and is loaded again."""
-    module_name = f"prunus_own_method_{sha256[:16]}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as fault:
-        del sys.modules[module_name]
-        raise ValueError(
-            f"the method's file {file} cannot be loaded: {type(fault).__name__}: {fault}"
-        ) from fault
-    method = getattr(module, name, None)
-    if not isinstance(method, Method):
-        methods = [key for key, value in vars(module).items() if isinstance(value, Method)]
-        what = "has no" if method is None else f"has a {type(method).__name__}, not a Method, as"
-        raise ValueError(
-            f"{file} {what} {name}: its methods are {', '.join(methods) or 'none'}. Assign a "
-            f"prunus.methods.Method to {name}"
-        )
-    return method
+    return METHODS[method] if method in METHODS else METHOD_NAMES.load(method)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from prunus.engine.linear_record import LinearsRecord, calibration_words
 from prunus.engine.run_record import result_card, source_name
+from prunus.methods.allocation import ALLOCATION_NAMES
 from prunus.pruning.recipe import Recipe
 
 # A sparsity that differs less than this from the one that was asked for is the same for people.
@@ -33,8 +34,21 @@ class Manifest(LinearsRecord):
         """The method."""
         return self.method_name or self.recipe.method
 
+    @property
+    def asked_sparsity(self) -> float:
+        """The recipe's sparsity, or what was reached if the user gives every linear its own."""
+        recipe = self.recipe
+        own = recipe.sparsity_of or recipe.allocation not in ALLOCATION_NAMES.known
+        return self.summary()["sparsity"] if own and self.blocks else recipe.sparsity
+
+    @property
+    def shape(self) -> str:
+        """What was asked for in words, such as "2:4" or "50% unstructured"."""
+        recipe = self.recipe
+        return recipe.pattern if recipe.n_of_m else f"{self.asked_sparsity:.0%} unstructured"
+
     def _notes(self, totals: dict[str, Any]) -> list[str]:
-        lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
+        lines, asked, reached = super()._notes(totals), self.asked_sparsity, totals["sparsity"]
         if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:
             return lines
         if reached < asked:
@@ -63,16 +77,15 @@ def pruned_card(
             None for a loaded model.
         nbytes: Bytes of the files with weights; None where there are no files.
     """
-    recipe, totals = manifest.recipe.without_folders(), manifest.totals
+    totals = manifest.totals
     sparsity = totals.get("sparsity", 0.0)
-    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     return result_card(
         manifest,
         "pruned",
         [
-            f"{source_name(manifest)} with {shape} sparsity by {manifest.what}. Shapes, tokenizer "
-            f"and configuration are the source's: it loads with `{loader}.from_pretrained` and is "
-            "used like the dense model.",
+            f"{source_name(manifest)} with {manifest.shape} sparsity by {manifest.what}. Shapes, "
+            "tokenizer and configuration are the source's: it loads with "
+            f"`{loader}.from_pretrained` and is used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
         ],

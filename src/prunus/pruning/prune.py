@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from prunus.engine.linear_run import LinearCommand
 from prunus.engine.run import called
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
-from prunus.methods.table import GIVEN, Method
+from prunus.methods.own_code import GIVEN
+from prunus.methods.table import Method
 from prunus.model.kinds import kind_of
 from prunus.model.source import ModuleSource
 from prunus.options import takes
@@ -27,7 +28,7 @@ def prune(
     model: str | Path | nn.Module,
     output: str | Path | None = None,
     method: str | Method | None = None,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | Sequence[float] | None = None,
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: Recipe | str | Path | None = None,
@@ -42,14 +43,16 @@ def prune(
         output: Folder of the pruned checkpoint; None for a loaded model.
         method: How weights are chosen: the name of a method, FILE.py:NAME for your own in a file,
             or a `prunus.methods.Method`.
-        sparsity: Share of each linear's weights to remove.
+        sparsity: Share of each linear's weights to remove; or by hand: globs of names -> shares, of
+            which the first that matches counts, or a share for each block.
         calibration: A source of windows by name or file, token ids (samples, seqlen), pixel values
             (samples, channels, height, width), texts, rows of a data set, or chats.
         recipe: A `Recipe`, or a TOML file with any of its options.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called after every block with a `prunus.engine.progress.Progress`.
         announce: Called with what is being prepared before the first block.
-        **options: Options of `Recipe` and of the run.
+        **options: Options of `Recipe` and of the run. `allocation` may be a function; see
+            `prunus.engine.allocate_sparsity`.
 
     Returns:
         The manifest: recipe, inputs, totals, and for each linear its shape, sparsity, error and
@@ -69,6 +72,9 @@ def prune(
         raise ValueError("a checkpoint is pruned into a new folder: give output")
     if isinstance(method, Method):
         options["own_method"], method = method, f"{GIVEN}{method.name}"
+    if callable(own := options.get("allocation")):
+        options["own_allocation"] = own
+        options["allocation"] = f"{GIVEN}{getattr(own, '__name__', type(own).__name__)}"
     options |= {"method": method, "sparsity": sparsity}
     record: Manifest = called(
         Pruning, model, output, recipe, options, calibration, progress, announce

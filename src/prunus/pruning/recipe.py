@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 #: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
 MAX = "max"
-# Only an unstructured sparsity can be distributed over layers.
+# Only an unstructured sparsity can be distributed over layers, if that is not done by hand.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {
     "balanced": {"allocation": "fisher"},
     "best": {"allocation": "fisher"},
@@ -178,5 +178,5 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
             f"the preset {name!r} is unknown: choose one of {', '.join((*PRESETS, MAX))}"
             f"{did_you_mean(name, (*PRESETS, MAX))}"
         )
-    unstructured = values.get("pattern", "unstructured") == "unstructured"
-    return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if unstructured else {}) | values
+    free = values.get("pattern", "unstructured") == "unstructured" and not values.get("sparsity_of")
+    return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if free else {}) | values

@@ -75,7 +75,13 @@ _AXES = (
         "sparsity",
         "sparsity (%)",
         ("sparsity", "pattern"),
-        lambda recipe: recipe.pattern if recipe.n_of_m else round(100 * recipe.sparsity, 6),
+        lambda recipe: (
+            "by hand"
+            if recipe.sparsity_of
+            else recipe.pattern
+            if recipe.n_of_m
+            else round(100 * recipe.sparsity, 6)
+        ),
         lambda top: top if isinstance(top, str) else f"{top:g}%",
     ),
     _Axis(

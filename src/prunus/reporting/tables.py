@@ -99,11 +99,17 @@ def _of_linears(plan: dict[str, Any]) -> dict[str, Any]:
     allocation, sparsity = plan["allocation"], "the same everywhere"
     if allocation["measured"]:
         sparsity = f"{allocation['rule']}: measured when the run starts"
+    if shares := allocation["shares"]:
+        sparsity = f"{allocation['sparsity']:.2%} by hand"
     removed = f", of which {plan['to_remove']:,} are removed" if plan["to_remove"] else ""
     return {
         "linears": plan["linears"],
         "weights": f"{plan['weights']:,}{removed}",
         **({"sparsity": sparsity} if plan["to_remove"] else {}),
+        **{
+            f"  {share['rule']}": f"{share['sparsity']:.2%} of {share['weights']:,} weights"
+            for share in shares
+        },
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
     }
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +28,7 @@ from torch import nn
 from prunus.distributed import own_part, ranks, set_location
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
-from prunus.engine.block.walks import (
-    Accumulate,
-    BlockWalk,
-    accumulate_inputs,
-    lockstep,
-    replay,
-    two_pass,
-)
+from prunus.engine.block.walks import WALKS, Accumulate, BlockWalk, accumulate_inputs
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
@@ -55,13 +48,6 @@ if TYPE_CHECKING:
         BlockReconstruction,
         BlockReconstructor,
     )
-
-#: Name of a walk in records -> the walk. Each returns the linears that no token reached.
-_WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
-    "lockstep": lockstep,
-    "replay": replay,
-    "two_pass": two_pass,
-}
 
 
 class BlockPruner:
@@ -256,7 +242,7 @@ class BlockPruner:
                     accumulate=accumulate,
                     expert_counters=state.expert_counters,
                 )
-                unreached = _WALKS[state.walk](walk)
+                unreached = WALKS[state.walk](walk)
         # Linears that no token reached are pruned too, by their weights alone.
         for linear in unreached:
             empty = self._new_statistics(linear)
@@ -342,9 +328,11 @@ class BlockPruner:
         with self.skeleton.outside_blocks(self.plan.source.read_outside, device, with_head=True):
             statistics = self._head_statistics(head, batches)
             stored = self.plan.source.read_outside([key])[key]
+            sparsity = self.sparsities.get(head.name, self.plan.work.sparsity)
+            place = LinearPlace(head.name, inner=head.name)
             finished = prune_linear(
                 self.plan.method,
-                replace(self.plan.work, linear=LinearPlace(head.name, inner=head.name)),
+                replace(self.plan.work, sparsity=sparsity, linear=place),
                 head,
                 head.name,
                 stored,

@@ -29,6 +29,7 @@ from greenlet import greenlet
 
 from prunus.distributed import ranks
 from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks, tokens_of
+from prunus.engine.run_record import Walk
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 
@@ -565,3 +566,11 @@ def _count_expert_tokens(walk: BlockWalk) -> None:
             walk.forward(batch)
     for counter in counters:
         counter.complete()
+
+
+#: Name of a walk in records -> the walk. Each returns the linears that no token reached.
+WALKS: dict[Walk, Callable[[BlockWalk], list[Linear]]] = {
+    "lockstep": lockstep,
+    "replay": replay,
+    "two_pass": two_pass,
+}
