@@ -26,6 +26,8 @@ from prunus.options import Option, at_least, between, percent
 SELECTION = "Allocation and selection"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+# The options of prune that decide what given masks decide.
+_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order")
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,11 @@ class PruningOptions(MethodOptions, LinearOptions):
             return values  # a damaged record, which pydantic refuses next
         values = cls._with_own_options(cls.filled_in(values))
         sparsity = values.get("sparsity")
+        if values.get("masks") is not None:
+            # The masks decide; 0 stands for no sparsity that was asked for.
+            if sparsity not in (None, 0):
+                raise ValueError(f"masks fix the zeros of every linear: drop sparsity {sparsity}")
+            values = {"method": "mask", **values, "sparsity": 0.0}
         if isinstance(sparsity, str) and _PATTERN.match(sparsity):
             raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {sparsity}?")
         with contextlib.suppress(TypeError, ValueError):
@@ -320,13 +327,21 @@ class PruningOptions(MethodOptions, LinearOptions):
         return value
 
     def check_fit(self) -> None:
-        """Check that an option belongs to the method, and an allocation to the pattern.
+        """Check that options belong to the method, to masks, and an allocation to the pattern.
 
         Raises:
             ValueError: It does not; says which option to drop or to add.
         """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
+        for name in _CHOICES if self.masks is not None else ():
+            if getattr(self, name, None) != type(self).model_fields[name].default:
+                raise ValueError(f"masks fix the zeros of every linear: drop {name}")
+        if self.masks is None and self.method == "mask":
+            raise ValueError(
+                "method mask removes the weights that masks name: give `masks`, a file of masks or "
+                "a pruned folder"
+            )
         if self.allocation != "uniform" and self.n_of_m:
             raise ValueError(
                 f"allocation {self.allocation} distributes an unstructured sparsity; "
@@ -342,6 +357,17 @@ class PruningOptions(MethodOptions, LinearOptions):
         """
         match = _PATTERN.match(self.pattern)
         return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def zeros_words(self) -> str:
+        """What decides the number of zeros, in words.
+
+        >>> PruningOptions(pattern="2:4").zeros_words, PruningOptions().zeros_words
+        ('2:4', '50% unstructured')
+        """
+        if self.masks is not None:
+            return "given"
+        return self.pattern if self.n_of_m else f"{self.sparsity:.0%} unstructured"
 
     @property
     def allocates(self) -> bool:

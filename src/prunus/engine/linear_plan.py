@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import nn
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
+from prunus.engine.masks import Masks, read_masks
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
@@ -42,7 +43,7 @@ from prunus.methods.composition import rounding_method
 from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import statistics_bytes
-from prunus.methods.table import method_sha256
+from prunus.methods.table import GIVEN, method_sha256
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
@@ -133,12 +134,14 @@ class LinearPlan(RunPlan):
         storage: How linears are stored in the result.
         method: How every linear is pruned, with targets and weight updates composed in.
         work: What the run asks of the method.
+        masks: The masks that were given; empty if the method chooses its own.
     """
 
     recipe: LinearOptions
     storage: Storage
     method: Method
     work: Work
+    masks: Masks = field(default_factory=lambda: Masks({}, {}))
 
     @property
     def selected(self) -> list[list[str]]:
@@ -183,6 +186,11 @@ class LinearPlan(RunPlan):
         if not isinstance(self.recipe, PruningOptions):
             return None
         return method_sha256(self.recipe.method, self.options.own_method)
+
+    @property
+    def masks_sha256(self) -> str | None:
+        """Hash of the masks that were given; None without any."""
+        return self.masks.sha256 if self.masks else None
 
     @property
     def walks(self) -> list[Walk]:
@@ -344,6 +352,10 @@ def plan_run(
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
+    masks = Masks({}, {})
+    if isinstance(recipe, PruningOptions) and recipe.masks is not None:
+        masks, linears = _given_masks(recipe.masks, options, opened.skeleton, linears)
+        work = replace(work, sparsity=masks.sparsity(linears.linears(opened.skeleton)))
     storage = Storage(source=opened.source, selection=linears)
     if storage_of is not None:
         storage = storage_of(opened, linears)
@@ -367,6 +379,7 @@ def plan_run(
         storage=storage,
         method=method,
         work=work,
+        masks=masks,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -384,6 +397,22 @@ def plan_run(
             + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
     return plan
+
+
+def _given_masks(
+    path: Path, options: RunOptions, skeleton: Skeleton, linears: LinearSelection
+) -> tuple[Masks, LinearSelection]:
+    """The masks of a run, and the selected linears that have one; the others stay dense."""
+    if options.own_masks is None and str(path) == GIVEN:
+        raise ValueError("the masks of this run were given in Python: give them again as `masks`")
+    given = path if options.own_masks is None else options.own_masks
+    masks = read_masks(given, options.trust_remote_code)
+    every = LinearSelection([[x.name for x in skeleton.linears(i)] for i in range(len(skeleton))], {})
+    masks.check_fit({name: linear.shape for name, linear in every.linears(skeleton).items()})
+    linears = linears.limited(skeleton, masks.__contains__)
+    if not any(linears.selected):
+        raise ValueError("`masks` has none for the linears that `only` and `ignore` leave")
+    return masks, linears
 
 
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:

@@ -126,6 +126,7 @@ class RunOptions(Options):
             pixel values (samples, channels, height, width), or texts, rows of a data set or chats;
             see `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
+        own_masks: Masks in place of the path of some: full name -> bool (out, in).
     """
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
@@ -178,3 +179,4 @@ class RunOptions(Options):
     ] = None
     calibration_data: Any = None
     own_method: Any = None
+    own_masks: Any = None

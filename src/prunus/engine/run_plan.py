@@ -99,6 +99,11 @@ class RunPlan(OpenModel):
         """Hash of the code of the user's own method; None without one."""
         return None
 
+    @property
+    def masks_sha256(self) -> str | None:
+        """Hash of the masks that were given; None without any."""
+        return None
+
     def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result and of spilled hidden states; `choice` has types, if any."""
         return self.stored_bytes + self.memory.spilled_bytes

@@ -125,6 +125,7 @@ class WindowInputs(RunInputs):
         calibration_sha256: SHA-256 of the windows' token ids or pixel values.
         batch: Windows per forward pass. It decides the order of sums, and so the last bits.
         method_sha256: SHA-256 of the code of the user's own method; None for the others.
+        masks_sha256: SHA-256 of the masks that were given; None without any.
         bos: Whether every calibration window begins with the BOS token.
     """
 
@@ -133,6 +134,9 @@ class WindowInputs(RunInputs):
     batch: int
     method_sha256: str | None = Field(
         default=None, description="of the code of the user's own method; None for the others"
+    )
+    masks_sha256: str | None = Field(
+        default=None, description="of the masks that were given; None without any"
     )
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 

@@ -142,6 +142,7 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         device=plan.device.type,
         batch=plan.batch,
         method_sha256=plan.method_sha256,
+        masks_sha256=plan.masks_sha256,
         bos=windows.bos,
     )
 

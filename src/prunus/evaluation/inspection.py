@@ -20,6 +20,7 @@ from torch import nn
 
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
+from prunus.engine.masks import stored_linears
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
 from prunus.hardware.numerics import check_finite
@@ -190,23 +191,18 @@ def _linears(
 
     `types` are the types of linears and their bits where the source was unpacked from a file.
     """
-    for index in range(len(skeleton)):
-        stored = source.block(index)
-        for linear in skeleton.linears(index):
-            weight = stored[f"{linear.name}.weight"]
-            weight_OI = weight.T if linear.transposed else weight
-            full_name = f"{skeleton.block_name(index)}.{linear.name}"
-            check_finite({f"{full_name}.weight": weight})
-            dtype, bits = types.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
-            yield LinearInfo(
-                block=index,
-                name=full_name,
-                shape=linear.shape,
-                dtype=dtype,
-                zeros=int((weight_OI == 0).sum()),
-                patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
-                bits=bits,
-            )
+    for index, full_name, linear, weight_OI in stored_linears(source, skeleton):
+        check_finite({f"{full_name}.weight": weight_OI})
+        dtype, bits = types.get(full_name, (str(weight_OI.dtype).removeprefix("torch."), None))
+        yield LinearInfo(
+            block=index,
+            name=full_name,
+            shape=linear.shape,
+            dtype=dtype,
+            zeros=int((weight_OI == 0).sum()),
+            patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
+            bits=bits,
+        )
 
 
 def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:

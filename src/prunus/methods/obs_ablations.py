@@ -1,4 +1,4 @@
-"""`obs`: a mask from magnitude or Wanda, and SparseGPT's weight update around it.
+"""`obs`: a mask from magnitude or Wanda, or a given one, and SparseGPT's weight update around it.
 
 These are the ablations of the Wanda paper (arXiv 2306.11695, section 5). They separate two
 questions: how good is a mask, and what does the update add? The mask is either fixed before the
@@ -26,7 +26,7 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Args:
         weight_OI: float32, the trained weights.
         statistics: With a Gram matrix.
-        work: Its options `mask_from` and `mask_order` choose the mask.
+        work: Its options `mask_from` and `mask_order` choose the mask, if it has none.
 
     Raises:
         ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
@@ -43,7 +43,9 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     options = work.options
 
     if options.mask_order == "before":
-        if options.mask_from == "magnitude":
+        if work.zero_OI is not None:
+            keep_OI = ~work.zero_OI.to(weight_OI.device)
+        elif options.mask_from == "magnitude":
             keep_OI = magnitude_mask(weight_OI, work.pattern, work.sparsity)
         else:
             score_OI = wanda_score(weight_OI, statistics)

@@ -155,6 +155,8 @@ class Work:
             reproduces its masks and is slower; see `solvers/obs.py`.
         quantization: How the weight is quantised at the end; None where it is not.
         linear: Which linear it is; None if a method is called without a run around it.
+        zero_OI: The mask that was given for the linear, bool, True where a weight is removed; None
+            in a run without masks.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -164,6 +166,7 @@ class Work:
     reference_order: bool = False
     quantization: GroupQuantizer | NearestRounding | None = None
     linear: LinearPlace | None = None
+    zero_OI: Tensor | None = None
 
 
 #: From a weight (O, I) float32, the statistics of its inputs and the work to the result.

@@ -65,7 +65,7 @@ class Option:
 
 
 #: Options whose values may be names of files; a method may be FILE.py:NAME.
-_NAMING_FILES = ("calibration", "fast_on", "method", "template", "text", "type")
+_NAMING_FILES = ("calibration", "fast_on", "masks", "method", "template", "text", "type")
 
 
 class _OptionsType(ModelMetaclass):

@@ -35,7 +35,8 @@ class Manifest(LinearsRecord):
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.recipe.sparsity, totals["sparsity"]
-        if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:
+        as_asked = self.recipe.masks is not None or abs(reached - asked) < _SAME_SPARSITY
+        if self.state != "finished" or as_asked:
             return lines
         if reached < asked:
             why = "a share of the weights that compete is rounded down to a whole number"
@@ -65,12 +66,11 @@ def pruned_card(
     """
     recipe, totals = manifest.recipe.without_folders(), manifest.totals
     sparsity = totals.get("sparsity", 0.0)
-    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     return result_card(
         manifest,
         "pruned",
         [
-            f"{source_name(manifest)} with {shape} sparsity by {manifest.what}. Shapes, tokenizer "
+            f"{source_name(manifest)} with {recipe.zeros_words} sparsity by {manifest.what}. Shapes, tokenizer "
             f"and configuration are the source's: it loads with `{loader}.from_pretrained` and is "
             "used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "

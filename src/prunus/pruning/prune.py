@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def prune(
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called after every block with a `prunus.engine.progress.Progress`.
         announce: Called with what is being prepared before the first block.
-        **options: Options of `Recipe` and of the run.
+        **options: Options of `Recipe` and of the run. `masks` may also be a dictionary: full name
+            of a linear -> bool (out, in), True where the weight is removed.
 
     Returns:
         The manifest: recipe, inputs, totals, and for each linear its shape, sparsity, error and
@@ -67,6 +68,8 @@ def prune(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
+    if isinstance(options.get("masks"), Mapping):
+        options |= {"own_masks": options["masks"], "masks": GIVEN}
     if isinstance(method, Method):
         options["own_method"], method = method, f"{GIVEN}{method.name}"
     options |= {"method": method, "sparsity": sparsity}

@@ -103,9 +103,7 @@ def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
 def _work(manifest: LinearsRecord) -> str:
     """What a run did, in words."""
     if isinstance(manifest, Manifest):
-        recipe = manifest.recipe
-        shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
-        return f"{manifest.what}, {shape}"
+        return f"{manifest.what}, {manifest.recipe.zeros_words}"
     by_bits = isinstance(manifest, CompressionRecord) and manifest.recipe.bits
     return f"{manifest.what} per weight" if by_bits else manifest.what
 

@@ -69,7 +69,11 @@ _AXES = (
         "sparsity",
         "sparsity (%)",
         ("sparsity", "pattern"),
-        lambda recipe: recipe.pattern if recipe.n_of_m else round(100 * recipe.sparsity, 6),
+        lambda recipe: (
+            recipe.zeros_words
+            if recipe.n_of_m or recipe.masks is not None
+            else round(100 * recipe.sparsity, 6)
+        ),
         lambda top: top if isinstance(top, str) else f"{top:g}%",
     ),
     _Axis(

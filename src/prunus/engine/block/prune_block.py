@@ -260,6 +260,7 @@ class BlockPruner:
             replace(
                 work,
                 sparsity=sparsity,
+                zero_OI=self.plan.masks.get(full_name),
                 linear=LinearPlace(full_name, state.index, linear.name, linear.kind),
             ),
             linear,

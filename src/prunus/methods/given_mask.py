@@ -1,0 +1,34 @@
+"""`mask`: removes the weights that a mask names, whatever chose them.
+
+It reproduces the zeros of another run, or takes a mask of one's own. The kept weights stay as they
+are, and `weight_update` can fit them to the mask. Method obs takes the same masks and updates the
+kept weights by its own sweep.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Pruned, Work, masked
+
+
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+    """The weight with zeros where the given mask has them.
+
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: Not read.
+        work: With the mask.
+
+    Raises:
+        ValueError: There is no mask.
+
+    >>> import torch
+    >>> zero_OI = torch.tensor([[True, False]])
+    >>> prune(torch.tensor([[3.0, 1.0]]), InputStatistics(2, "none"), Work(zero_OI=zero_OI)).weight_OI
+    tensor([[0., 1.]])
+    """
+    if work.zero_OI is None:
+        raise ValueError("method mask removes the weights of a given mask: give `masks`")
+    return masked(weight_OI, ~work.zero_OI.to(weight_OI.device))
