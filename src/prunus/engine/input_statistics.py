@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -97,6 +97,13 @@ def statistics(
     return StoredStatistics(target)
 
 
+class StoredLinear(NamedTuple):
+    """What the header of a file says of one linear."""
+
+    tokens: int  #: how many tokens reached it
+    sums: str  #: the linear whose sums are its own
+
+
 class StoredStatistics(Mapping[str, InputStatistics]):
     """The statistics in a file. Each is read when it is asked for.
 
@@ -109,19 +116,18 @@ class StoredStatistics(Mapping[str, InputStatistics]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._checkpoint, self._linears = open_stored(path, "statistics")
+        self._checkpoint, self._linears = open_stored(path, "statistics", dict[str, StoredLinear])
         for linear in self._linears.values():
-            if f"{linear['sums']}/sum_squares" not in self._checkpoint.tensors:
-                raise ValueError(f"{path} is damaged: it has no sums of {linear['sums']}")
+            if f"{linear.sums}/sum_squares" not in self._checkpoint.tensors:
+                raise ValueError(f"{path} is damaged: it has no sums of {linear.sums}")
 
     def __getitem__(self, name: str) -> InputStatistics:
-        linear = self._linears[name]
-        sums_of, gram = linear["sums"], f"{linear['sums']}/gram"
-        has_gram = gram in self._checkpoint.tensors
+        linear, stored = self._linears[name], self._checkpoint
+        gram = f"{linear.sums}/gram"
         return InputStatistics.of_sums(
-            linear["tokens"],
-            self._checkpoint.whole(f"{sums_of}/sum_squares"),
-            self._checkpoint.whole(gram) if has_gram else None,
+            linear.tokens,
+            stored.whole(f"{linear.sums}/sum_squares"),
+            stored.whole(gram) if gram in stored.tensors else None,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -138,7 +144,7 @@ class _Parts:
         self._folder = folder
         self._files: list[str] = []
         # What the header of the file will say of each linear.
-        self._linears: dict[str, dict[str, Any]] = {}
+        self._linears: dict[str, StoredLinear] = {}
         self._last: tuple[str, InputStatistics] | None = None
 
     def add(self, name: str, inputs: InputStatistics) -> None:
@@ -150,7 +156,7 @@ class _Parts:
                 tensors[f"{name}/gram"] = inputs.gram_II
             self._files.append(f"{len(self._files)}{SUFFIX}")
             save_safetensors(self._folder / self._files[-1], tensors)
-        self._linears[name] = {"sums": self._last[0], "tokens": inputs.tokens}
+        self._linears[name] = StoredLinear(inputs.tokens, self._last[0])
 
     def join(self, path: Path) -> None:
         """Write one file of all parts."""

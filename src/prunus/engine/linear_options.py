@@ -27,7 +27,7 @@ SELECTION = "Allocation and selection"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 # The options of prune that decide what given masks decide.
-_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order")
+_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order", "head")
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,8 @@ class PruningOptions(MethodOptions, LinearOptions):
         """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
-        for name in _CHOICES if self.masks is not None else ():
-            if getattr(self, name, None) != type(self).model_fields[name].default:
+        for name, field in type(self).model_fields.items() if self.masks is not None else ():
+            if name in _CHOICES and getattr(self, name) != field.default:
                 raise ValueError(f"masks fix the zeros of every linear: drop {name}")
         if self.masks is None and self.method == "mask":
             raise ValueError(

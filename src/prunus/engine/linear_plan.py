@@ -24,7 +24,8 @@ from torch import nn
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions, PruningOptions
 from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.masks import Masks, read_masks
+from prunus.engine.masks import Masks
+from prunus.engine.masks import masks as read_masks
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.reconstruction.reconstruct_block import ReconstructionSettings
 from prunus.engine.run_options import RunOptions
@@ -186,11 +187,6 @@ class LinearPlan(RunPlan):
         if not isinstance(self.recipe, PruningOptions):
             return None
         return method_sha256(self.recipe.method, self.options.own_method)
-
-    @property
-    def masks_sha256(self) -> str | None:
-        """Hash of the masks that were given; None without any."""
-        return self.masks.sha256 if self.masks else None
 
     @property
     def walks(self) -> list[Walk]:
@@ -380,6 +376,7 @@ def plan_run(
         method=method,
         work=work,
         masks=masks,
+        masks_sha256=masks.sha256 if masks else None,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -406,8 +403,10 @@ def _given_masks(
     if options.own_masks is None and str(path) == GIVEN:
         raise ValueError("the masks of this run were given in Python: give them again as `masks`")
     given = path if options.own_masks is None else options.own_masks
-    masks = read_masks(given, options.trust_remote_code)
-    every = LinearSelection([[x.name for x in skeleton.linears(i)] for i in range(len(skeleton))], {})
+    masks = read_masks(given, trust_remote_code=options.trust_remote_code)
+    every = LinearSelection(
+        [[x.name for x in skeleton.linears(i)] for i in range(len(skeleton))], {}
+    )
     masks.check_fit({name: linear.shape for name, linear in every.linears(skeleton).items()})
     linears = linears.limited(skeleton, masks.__contains__)
     if not any(linears.selected):

@@ -13,23 +13,25 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prunus.engine.open_model import open_model
-from prunus.engine.run_options import RunOptions
-from prunus.engine.session import SILENT
 from prunus.hardware.errors import did_you_mean
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
 
+#: The weights of a model, stored or loaded, block by block.
+Readable = CheckpointSource | ModuleSource
 #: The suffix of files of masks and of statistics.
 SUFFIX = ".safetensors"
+_Content = TypeVar("_Content")
 # The value of each of the eight bits of a byte.
 _BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 
@@ -58,9 +60,9 @@ class Masks(Mapping[str, Tensor]):
             zeros: Full name -> bool (out, in), True where the weight is zero.
 
         Raises:
-            ValueError: A mask is no matrix of bool, or there are none.
+            ValueError: A mask is no matrix of bool.
         """
-        masks = cls({}, {})
+        found = cls({}, {})
         for name, zero_OI in zeros.items():
             is_mask = isinstance(zero_OI, Tensor) and zero_OI.dtype == torch.bool
             if not is_mask or zero_OI.dim() != 2:
@@ -69,10 +71,8 @@ class Masks(Mapping[str, Tensor]):
                     f"removed; got {getattr(zero_OI, 'dtype', type(zero_OI).__name__)} "
                     f"{tuple(getattr(zero_OI, 'shape', ()))}"
                 )
-            masks.add(name, zero_OI)
-        if not masks:
-            raise ValueError("masks is empty: give a bool tensor for each linear to prune")
-        return masks
+            found.add(name, zero_OI)
+        return found
 
     def add(self, name: str, zero_OI: Tensor) -> None:
         """Add the mask of one linear."""
@@ -137,8 +137,7 @@ class Masks(Mapping[str, Tensor]):
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, or holds no masks.
         """
-        checkpoint, content = open_stored(path, "masks")
-        shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in content.items()}
+        checkpoint, shapes = open_stored(path, "masks", dict[str, tuple[PositiveInt, PositiveInt]])
         stored = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
         expected = {name: ((o, -(-i // 8)), torch.uint8) for name, (o, i) in shapes.items()}
         if stored != expected:
@@ -170,29 +169,36 @@ def masks(
             read, or the output cannot be written.
     """
     target = None if output is None else check_file(output)
-    found = read_masks(model, trust_remote_code)
+    if isinstance(model, Masks):
+        found = model
+    elif isinstance(model, Mapping):
+        found = Masks.pack(model)
+    elif not isinstance(model, nn.Module) and Path(model).suffix == SUFFIX:
+        found = Masks.load(Path(model))
+    else:
+        weights = model if isinstance(model, nn.Module) else resolve_folder(model)
+        found = Masks({}, {})
+        for _, name, _, weight_OI in stored_linears(*open_weights(weights, trust_remote_code)):
+            found.add(name, weight_OI == 0)
     if target is not None:
         found.save(target)
     return found
 
 
-def read_masks(model: Any, trust_remote_code: bool = False) -> Masks:
-    """`masks`, without writing a file."""
-    if isinstance(model, Masks):
-        return model
-    if isinstance(model, Mapping):
-        return Masks.pack(model)
-    if not isinstance(model, nn.Module) and Path(model).suffix == SUFFIX:
-        return Masks.load(Path(model))
-    opened = open_model(model, RunOptions(trust_remote_code=trust_remote_code), SILENT)
-    found = Masks({}, {})
-    for _, name, _, weight in stored_linears(opened.source, opened.skeleton):
-        found.add(name, weight == 0)
-    return found
+def open_weights(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
+    """The weights of a model, stored or loaded, and the model without weights."""
+    source: Readable = (
+        ModuleSource(model)
+        if isinstance(model, nn.Module)
+        else CheckpointSource(model, trust_remote_code)
+    )
+    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    return source, skeleton
 
 
 def stored_linears(
-    source: CheckpointSource | ModuleSource, skeleton: Skeleton
+    source: Readable, skeleton: Skeleton
 ) -> Iterator[tuple[int, str, Linear, Tensor]]:
     """Yield block, full name, linear and stored weight (out, in); one block is in memory at a time.
 
@@ -208,6 +214,41 @@ def stored_linears(
             yield index, full_name, linear, weight.T if linear.transposed else weight
 
 
+def compare_masks(masks: Masks, others: Masks) -> dict[str, dict[str, float | None]]:
+    """The zeros of two models, for each linear that `others` has, by full name, and for "all".
+
+    Returns:
+        Shares of 0 to 1: `sparsity` of the first model, `other_sparsity`, `equal` (the weights that
+        are zero in both or in none), and `intersection_over_union` of the zeros, which is None if
+        neither model has any.
+
+    Raises:
+        ValueError: The masks are those of two architectures; names the linear.
+
+    >>> masks, others = (Masks.pack({"up": torch.tensor([x]) < 1}) for x in ([0, 0, 2, 3], [0] * 4))
+    >>> compare_masks(masks, others)["all"]
+    {'sparsity': 0.5, 'other_sparsity': 1.0, 'equal': 0.5, 'intersection_over_union': 0.5}
+    """
+    others.check_fit(masks.shapes)
+    counts = {}
+    for name in others:
+        zero_OI, other_OI = masks[name], others[name]
+        sums = (int(x.sum()) for x in (zero_OI, other_OI, zero_OI & other_OI))
+        counts[name] = (zero_OI.numel(), *sums)
+    counts["all"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))
+    return {
+        name: {
+            "sparsity": zeros / weights,
+            "other_sparsity": other / weights,
+            "equal": 1 - (zeros + other - 2 * common) / weights,
+            "intersection_over_union": common / union
+            if (union := zeros + other - common)
+            else None,
+        }
+        for name, (weights, zeros, other, common) in counts.items()
+    }
+
+
 def check_file(output: str | Path) -> Path:
     """The path of a file of tensors to write.
 
@@ -220,12 +261,13 @@ def check_file(output: str | Path) -> Path:
     return path
 
 
-def open_stored(path: Path, what: str) -> tuple[Checkpoint, dict[str, Any]]:
+def open_stored(path: Path, what: str, kind: type[_Content]) -> tuple[Checkpoint, _Content]:
     """Open a file that prunus wrote beside a model: its tensors, and what its header says of them.
 
     Args:
         path: The file.
         what: What it must hold: "masks" or "statistics".
+        kind: The type of what the header says.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -237,5 +279,7 @@ def open_stored(path: Path, what: str) -> tuple[Checkpoint, dict[str, Any]]:
             f"{path} holds no {what}: prunus.{what}(MODEL, …) writes such a file. A model is named "
             "by its folder"
         )
-    content: dict[str, Any] = json.loads(checkpoint.metadata[what])
-    return checkpoint, content
+    try:
+        return checkpoint, TypeAdapter(kind).validate_json(checkpoint.metadata[what])
+    except ValidationError as fault:
+        raise ValueError(f"{path} is damaged: its header does not describe {what}") from fault

@@ -81,6 +81,7 @@ class RunPlan(OpenModel):
         needs: The statistics of each linear's inputs that the run collects.
         needs_inputs: Whether the run reads calibration windows at all.
         walks_windows: Whether all windows run through the blocks. A measurement takes a few alone.
+        masks_sha256: Hash of the masks that were given; None without any.
     """
 
     recipe: WindowOptions
@@ -93,15 +94,11 @@ class RunPlan(OpenModel):
     needs: Needs
     needs_inputs: bool
     walks_windows: bool = True
+    masks_sha256: str | None = None
 
     @property
     def method_sha256(self) -> str | None:
         """Hash of the code of the user's own method; None without one."""
-        return None
-
-    @property
-    def masks_sha256(self) -> str | None:
-        """Hash of the masks that were given; None without any."""
         return None
 
     def disk_bytes(self, choice: Any = None) -> int:

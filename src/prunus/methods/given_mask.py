@@ -19,16 +19,13 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Args:
         weight_OI: float32, the trained weights.
         statistics: Not read.
-        work: With the mask.
-
-    Raises:
-        ValueError: There is no mask.
+        work: With the mask; a recipe without any is refused before.
 
     >>> import torch
     >>> zero_OI = torch.tensor([[True, False]])
-    >>> prune(torch.tensor([[3.0, 1.0]]), InputStatistics(2, "none"), Work(zero_OI=zero_OI)).weight_OI
+    >>> work, weight_OI = Work(zero_OI=zero_OI), torch.tensor([[3.0, 1.0]])
+    >>> prune(weight_OI, InputStatistics(2, "none"), work).weight_OI
     tensor([[0., 1.]])
     """
-    if work.zero_OI is None:
-        raise ValueError("method mask removes the weights of a given mask: give `masks`")
+    assert work.zero_OI is not None, "the method removes the weights of a given mask"
     return masked(weight_OI, ~work.zero_OI.to(weight_OI.device))

@@ -96,7 +96,8 @@ class Method:
         >>> METHODS["wanda"].read_options(MethodOptions(), {"power": 1})
         Traceback (most recent call last):
         ValueError: method wanda: unknown option 'power'; known are damping, dense_weight, \
-iterations, weight_update, ria_power, masks, mask_from, mask_order, block_size; did you mean ria_power?
+iterations, weight_update, ria_power, masks, mask_from, mask_order, block_size; \
+did you mean ria_power?
         """
         given = {name: getattr(shared, name) for name in shared.model_fields_set}
         names = {*MethodOptions.model_fields}

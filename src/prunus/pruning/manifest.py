@@ -70,9 +70,9 @@ def pruned_card(
         manifest,
         "pruned",
         [
-            f"{source_name(manifest)} with {recipe.zeros_words} sparsity by {manifest.what}. Shapes, tokenizer "
-            f"and configuration are the source's: it loads with `{loader}.from_pretrained` and is "
-            "used like the dense model.",
+            f"{source_name(manifest)} with {recipe.zeros_words} sparsity by {manifest.what}. "
+            "Shapes, tokenizer and configuration are the source's: it loads with "
+            f"`{loader}.from_pretrained` and is used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
             f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
         ],

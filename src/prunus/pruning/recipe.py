@@ -118,8 +118,6 @@ class Recipe(PruningOptions):
                 epochs are given for no training.
         """
         super().check_fit()
-        if self.head and self.masks is not None:
-            raise ValueError("masks are those of the blocks, and have none for the head: drop head")
         for option, is_set, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
             ("reconstruct", self.reconstruct != "none", "train nothing"),
