@@ -97,10 +97,7 @@ def test_an_unfinished_run_goes_on_with_the_same_masks_only(wanda, tmp_path, mon
 
 def test_masks_that_do_not_fit_are_refused_before_any_work(wanda, tmp_path):
     dense, masks = wanda.parent / "dense", dict(prunus.masks(wanda))
-    (tmp_path / "other").mkdir()
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    prunus.masks(masks, cut)
     wrong = {
         "did you mean model.layers.0.self_attn.q_proj": {"masks": {Q + "j": masks[Q]}},
         r"has shape \(32, 8\), and the weight \(32, 32\)": {"masks": {Q: masks[Q][:, :8]}},
@@ -123,6 +120,9 @@ def test_masks_that_do_not_fit_are_refused_before_any_work(wanda, tmp_path):
         FileNotFoundError, "missing", prunus.prune, dense, tmp_path / "out", masks=missing
     )
     assert_refused(ValueError, "must end in .safetensors", prunus.masks, wanda, tmp_path / "a.pt")
+    nowhere = tmp_path / "no" / "a.safetensors"
+    assert_refused(FileNotFoundError, "make it first", prunus.masks, wanda, nowhere)
+    assert_refused(FileNotFoundError, "make it first", prunus.statistics, dense, output=nowhere)
 
 
 def test_a_damaged_file_of_masks_is_refused(wanda, tmp_path):

@@ -254,10 +254,13 @@ def check_file(output: str | Path) -> Path:
 
     Raises:
         ValueError: It has another suffix, so that nobody would know how to read it.
+        FileNotFoundError: There is no such folder.
     """
     path = Path(output)
     if path.suffix != SUFFIX:
         raise ValueError(f"output {output} must end in {SUFFIX}, which is the only format")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output {output}: there is no folder {path.parent}, make it first")
     return path
 
 
