@@ -11,7 +11,9 @@ perplexity   score a model on text
 perplexities score several models on several texts side by side
 evaluate     score a model on tasks
 compare      test whether two models differ by more than chance
-inspect      list the linears of a checkpoint with their sparsity
+inspect      list the linears of a checkpoint with their sparsity, or compare the zeros of two
+masks        which weights of a model are zero, as bits that prune takes
+statistics   norms or Gram matrices of the inputs of every linear
 sweep        prune and score a grid of models, methods and sparsities
 report       show runs, sweeps and evaluations as tables and pages
 """
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.compression.compress import compress
+    from prunus.engine.input_statistics import statistics
+    from prunus.engine.masks import masks
     from prunus.evaluation.eval_records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
@@ -60,6 +64,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "masks",
     "perplexities",
     "perplexity",
     "plan",
@@ -68,6 +73,7 @@ __all__ = [
     "recover",
     "report",
     "shrink",
+    "statistics",
     "sweep",
 ]
 
@@ -91,6 +97,7 @@ _HOMES = {
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
+    "masks": "prunus.engine.masks",
     "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
     "plan": "prunus.planning.plan",
@@ -99,6 +106,7 @@ _HOMES = {
     "recover": "prunus.recovery.recover",
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.shrink",
+    "statistics": "prunus.engine.input_statistics",
     "sweep": "prunus.sweeping.sweep",
 }
 

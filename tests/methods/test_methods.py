@@ -510,6 +510,7 @@ def test_default_groups_are_those_of_the_paper():
         "sparsegpt-score": "block",
         "obs": "row",
         "alps": "row",
+        "mask": "row",
     }
     for options, group in (({"mask_from": "magnitude"}, "layer"), (BLOCKWISE, "block")):
         assert METHODS["obs"].with_options(MethodOptions(**options)).default_group == group

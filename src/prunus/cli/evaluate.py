@@ -108,6 +108,10 @@ def _chosen_texts(perplexity: str | None, tasks: str | None, reference: str | No
 @with_flags(RunOptions, only=("trust_remote_code",))
 def inspect(
     model: Model,
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="OTHER", help="Compare the zeros with this model or masks."),
+    ] = None,
     *,
     verify: Annotated[
         bool,
@@ -118,11 +122,14 @@ def inspect(
     ] = False,
     **options: Any,
 ) -> None:
-    """Show shape, dtype, sparsity and N:M patterns of every linear."""
+    """Show shape, dtype, sparsity and N:M patterns of every linear.
+
+    With OTHER, also show how far the zeros of both agree.
+    """
     from prunus.evaluation.inspection import inspect as inspect_checkpoint
 
-    inspection = inspect_checkpoint(model, verify=verify, **options)
-    print_result(inspection.as_dict(), inspection.table())
+    inspection = inspect_checkpoint(model, other, verify=verify, **options)
+    print_result(inspection.as_dict(), *inspection.tables())
 
 
 @with_flags(RunOptions, without=("overwrite", "resume"))

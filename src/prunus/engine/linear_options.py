@@ -30,6 +30,8 @@ SELECTION = "Allocation and selection"
 _SHARE_FORM = "GLOB=SHARE, such as '*.mlp.*=0.6'"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+# The options of prune that decide what given masks decide.
+_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order", "head")
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,11 @@ class PruningOptions(MethodOptions, LinearOptions):
             del values["sparsity"]
         values = cls._with_own_options(cls.filled_in(values))
         sparsity = values.get("sparsity")
+        if values.get("masks") is not None:
+            # The masks decide; 0 stands for no sparsity that was asked for.
+            if sparsity not in (None, 0):
+                raise ValueError(f"masks fix the zeros of every linear: drop sparsity {sparsity}")
+            values = {"method": "mask", **values, "sparsity": 0.0}
         if isinstance(sparsity, str) and _PATTERN.match(sparsity):
             raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {sparsity}?")
         with contextlib.suppress(TypeError, ValueError):
@@ -374,13 +381,21 @@ class PruningOptions(MethodOptions, LinearOptions):
         return value
 
     def check_fit(self) -> None:
-        """Check that an option belongs to the method, and an allocation to the pattern.
+        """Check that options belong to the method, to masks, and an allocation to the pattern.
 
         Raises:
             ValueError: It does not; says which option to drop or to add.
         """
         if self.method in METHODS:  # The plan loads the file of any other method.
             check_owners(METHODS[self.method], self)
+        for name, field in type(self).model_fields.items() if self.masks is not None else ():
+            if name in _CHOICES and getattr(self, name) != field.default:
+                raise ValueError(f"masks fix the zeros of every linear: drop {name}")
+        if self.masks is None and self.method == "mask":
+            raise ValueError(
+                "method mask removes the weights that masks name: give `masks`, a file of masks or "
+                "a pruned folder"
+            )
         allocates = self.allocation != "uniform"
         if self.n_of_m and (allocates or self.sparsity_of):
             raise ValueError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ import torch
 from torch import nn
 
 from prunus.engine.linear_options import LinearOptions, PruningOptions
+from prunus.engine.loss_sensitivity import measuring_memory
+from prunus.engine.masks import Masks
+from prunus.engine.masks import masks as read_masks
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
@@ -38,6 +41,7 @@ from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
 from prunus.methods.allocation import ALLOCATION_NAMES, Share, mean_sparsity, shares_by_hand
 from prunus.methods.dense_targets import drift_is_worthwhile
+from prunus.methods.own_code import GIVEN
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.methods.table import METHOD_NAMES
@@ -133,6 +137,7 @@ class LinearPlan(RunPlan):
         work: What the run asks of the method. Its sparsity is that of linears without another.
         shares: The linears of every sparsity by hand; empty if none is by hand.
         allocate: The user's own function that gives every linear a sparsity; None for none.
+        masks: The masks that were given; empty if the method chooses its own.
     """
 
     recipe: LinearOptions
@@ -141,6 +146,7 @@ class LinearPlan(RunPlan):
     work: Work
     shares: Sequence[Share] = ()
     allocate: Callable[..., Any] | None = None
+    masks: Masks = field(default_factory=lambda: Masks({}, {}))
 
     @property
     def selected(self) -> list[list[str]]:
@@ -202,8 +208,8 @@ class LinearPlan(RunPlan):
         return {name: share.sparsity for share in self.shares for name in share.weights}
 
     @property
-    def code_sha256(self) -> dict[str, str | None]:
-        """Hashes of the code of the user's own method and allocation; see `RunPlan.code_sha256`."""
+    def given_sha256(self) -> dict[str, str | None]:
+        """Hashes of the user's own method, allocation and masks; see `RunPlan.given_sha256`."""
         recipe, options = self.recipe, self.options
         if not isinstance(recipe, PruningOptions):
             return {}
@@ -211,6 +217,7 @@ class LinearPlan(RunPlan):
         return {
             "method_sha256": METHOD_NAMES.sha256(recipe.method, function),
             "allocation_sha256": ALLOCATION_NAMES.sha256(recipe.allocation, options.own_allocation),
+            "masks_sha256": self.masks.sha256 if self.masks else None,
         }
 
     @property
@@ -229,7 +236,6 @@ class LinearPlan(RunPlan):
         if not self.measures_loss:
             return 0
         # The measurement is loaded by the runs that make it.
-        from prunus.engine.loss_sensitivity import measuring_memory
 
         memory = measuring_memory(self, self.recipe.rounds == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
@@ -403,6 +409,10 @@ def plan_run(
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
+    masks = Masks({}, {})
+    if isinstance(recipe, PruningOptions) and recipe.masks is not None:
+        masks, linears = _given_masks(recipe.masks, options, opened.skeleton, linears)
+        work = replace(work, sparsity=masks.sparsity(linears.linears(opened.skeleton)))
     storage = Storage(source=opened.source, selection=linears)
     if storage_of is not None:
         storage = storage_of(opened, linears)
@@ -430,6 +440,7 @@ def plan_run(
         work=work,
         shares=_shares(opened.skeleton, linears, recipe),
         allocate=own_allocation,
+        masks=masks,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -447,6 +458,24 @@ def plan_run(
             + (", or choose allocation uniform" if recipe.rounds == "none" else "")
         )
     return plan
+
+
+def _given_masks(
+    path: Path, options: RunOptions, skeleton: Skeleton, linears: LinearSelection
+) -> tuple[Masks, LinearSelection]:
+    """The masks of a run, and the selected linears that have one; the others stay dense."""
+    if options.own_masks is None and str(path) == GIVEN:
+        raise ValueError("the masks of this run were given in Python: give them again as `masks`")
+    given = path if options.own_masks is None else options.own_masks
+    masks = read_masks(given, trust_remote_code=options.trust_remote_code)
+    every = LinearSelection(
+        [[x.name for x in skeleton.linears(i)] for i in range(len(skeleton))], {}
+    )
+    masks.check_fit({name: linear.shape for name, linear in every.linears(skeleton).items()})
+    linears = linears.limited(skeleton, masks.__contains__)
+    if not any(linears.selected):
+        raise ValueError("`masks` has none for the linears that `only` and `ignore` leave")
+    return masks, linears
 
 
 def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:

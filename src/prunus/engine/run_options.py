@@ -129,6 +129,7 @@ class RunOptions(Options):
             see `prunus.calibration.sources`.
         own_method: A `prunus.methods.Method` in place of the name of one.
         own_allocation: A function that gives every linear a sparsity; see `allocate`.
+        own_masks: Masks in place of the path of some: full name -> bool (out, in).
     """
 
     device: Annotated[str, Option("Run on cpu, cuda, cuda:0, ….", metavar="DEVICE")] = "auto"
@@ -190,3 +191,4 @@ class RunOptions(Options):
     calibration_data: Any = None
     own_method: Any = None
     own_allocation: Any = None
+    own_masks: Any = None

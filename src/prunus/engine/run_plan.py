@@ -100,7 +100,7 @@ class RunPlan(OpenModel):
     walks_windows: bool = True
 
     @property
-    def code_sha256(self) -> dict[str, str | None]:
+    def given_sha256(self) -> dict[str, str | None]:
         """Hashes of the user's own code, by their fields of `WindowInputs`; empty without any."""
         return {}
 

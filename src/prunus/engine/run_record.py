@@ -126,6 +126,7 @@ class WindowInputs(RunInputs):
         batch: Windows per forward pass. It decides the order of sums, and so the last bits.
         method_sha256: SHA-256 of the code of the user's own method; None for the others.
         allocation_sha256: The same of the user's own allocation.
+        masks_sha256: SHA-256 of the masks that were given; None without any.
         bos: Whether every calibration window begins with the BOS token.
         measure_error: Whether the run measured the output error that its method does not need. It
             decides figures of the record, and no weight.
@@ -139,6 +140,9 @@ class WindowInputs(RunInputs):
     )
     allocation_sha256: str | None = Field(
         default=None, description="of the code of the user's own allocation; None for the others"
+    )
+    masks_sha256: str | None = Field(
+        default=None, description="of the masks that were given; None without any"
     )
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
     measure_error: bool = Field(

@@ -143,7 +143,7 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
         batch=plan.batch,
         bos=windows.bos,
         measure_error=plan.options.measure_error,
-        **plan.code_sha256,
+        **plan.given_sha256,
     )
 
 

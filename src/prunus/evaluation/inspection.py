@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from torch import nn
 
 from prunus.engine.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
+from prunus.engine.masks import (
+    Readable,
+    compare_masks,
+    masks,
+    open_weights,
+    stored_linears,
+)
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
 from prunus.hardware.numerics import check_finite
@@ -27,10 +34,7 @@ from prunus.model.checkpoint.files import verify_shards
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
-
-#: The weights of a model, stored or loaded, block by block.
-Readable = CheckpointSource | ModuleSource
+from prunus.model.source import CheckpointSource
 
 #: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
@@ -71,6 +75,9 @@ class Inspection:
         linears: All linears, in the order of the model.
         left_dense: Full name -> shape of weights that stay dense.
         verified: Number of shards whose bytes are those of the record; None if not compared.
+        other: Name of the model whose zeros were compared with; None without one.
+        compared: Full name of a linear, or "all" -> how its zeros compare with those of the other
+            model; see `compare_masks`.
     """
 
     model: str
@@ -78,6 +85,8 @@ class Inspection:
     linears: tuple[LinearInfo, ...]
     left_dense: dict[str, tuple[int, ...]]
     verified: int | None = None
+    other: str | None = None
+    compared: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -127,18 +136,46 @@ class Inspection:
             total | {"bits": self.bits},
         )
 
+    def comparison(self) -> Table | None:
+        """How the zeros of each linear compare with those of the other model; None without one."""
+        if not self.compared:
+            return None
+        *rows, total = (
+            {
+                "linear": name,
+                "zeros": each["sparsity"],
+                "zeros of the other": each["other_sparsity"],
+                "equal bits": each["equal"],
+                "intersection over union": each["intersection_over_union"],
+            }
+            for name, each in self.compared.items()
+        )
+        forms = dict.fromkeys([*rows[0]][1:], ".2%")
+        note = "equal bits: weights that are zero in both or in none"
+        return table_of(f"{self.model} and {self.other}", rows, forms, note, total)
+
+    def tables(self) -> list[Table]:
+        """The table of the linears, and that of the comparison if there is one."""
+        return [table for table in (self.table(), self.comparison()) if table is not None]
+
     def _repr_html_(self) -> str:
-        """The table in a notebook."""
-        return self.table()._repr_html_()
+        """The tables in a notebook."""
+        return "".join(table._repr_html_() for table in self.tables())
 
 
 def inspect(
-    model: str | Path | nn.Module, *, trust_remote_code: bool = False, verify: bool = False
+    model: str | Path | nn.Module,
+    other: Any = None,
+    *,
+    trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> Inspection:
     """Inspect a checkpoint, one block in memory at a time, or a loaded model.
 
     Args:
         model: A checkpoint folder, a hub id, a GGUF file, or a loaded transformers model.
+        other: A model to compare the zeros with, or masks; all that `prunus.masks` takes. None
+            compares nothing.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         verify: Whether to compare every shard with the SHA-256 in its record first.
 
@@ -163,22 +200,15 @@ def inspect(
         stored = Path(name) if kind else resolve_folder(model)
         verified = verify_shards(stored) if verify else None
         model = resolve_folder(model)
-    source, skeleton = _opened(model, trust_remote_code)
+    compared = {}
+    if other is not None:
+        one, two = (masks(x, trust_remote_code=trust_remote_code) for x in (model, other))
+        compared = compare_masks(one, two)
+    source, skeleton = open_weights(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))
     dense = dict(each for x in range(len(skeleton)) for each in skeleton.left_dense(x).items())
-    return Inspection(name, len(skeleton), linears, dense, verified)
-
-
-def _opened(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
-    """The weights of a model, stored or loaded, and the model without weights."""
-    source: Readable = (
-        ModuleSource(model)
-        if isinstance(model, nn.Module)
-        else CheckpointSource(model, trust_remote_code)
-    )
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
-    return source, skeleton
+    other_name = str(other) if isinstance(other, str | Path) else other and type(other).__name__
+    return Inspection(name, len(skeleton), linears, dense, verified, other_name, compared)
 
 
 def _linears(
@@ -190,23 +220,18 @@ def _linears(
 
     `types` are the types of linears and their bits where the source was unpacked from a file.
     """
-    for index in range(len(skeleton)):
-        stored = source.block(index)
-        for linear in skeleton.linears(index):
-            weight = stored[f"{linear.name}.weight"]
-            weight_OI = weight.T if linear.transposed else weight
-            full_name = f"{skeleton.block_name(index)}.{linear.name}"
-            check_finite({f"{full_name}.weight": weight})
-            dtype, bits = types.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
-            yield LinearInfo(
-                block=index,
-                name=full_name,
-                shape=linear.shape,
-                dtype=dtype,
-                zeros=int((weight_OI == 0).sum()),
-                patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
-                bits=bits,
-            )
+    for index, full_name, linear, weight_OI in stored_linears(source, skeleton):
+        check_finite({f"{full_name}.weight": weight_OI})
+        dtype, bits = types.get(full_name, (str(weight_OI.dtype).removeprefix("torch."), None))
+        yield LinearInfo(
+            block=index,
+            name=full_name,
+            shape=linear.shape,
+            dtype=dtype,
+            zeros=int((weight_OI == 0).sum()),
+            patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
+            bits=bits,
+        )
 
 
 def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
@@ -249,7 +274,7 @@ def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
     if is_adapter(folder):
         return None
     try:
-        source, skeleton = _opened(folder, trust_remote_code)
+        source, skeleton = open_weights(folder, trust_remote_code)
     except (ValueError, FileNotFoundError, NotImplementedError):
         return None
     assert isinstance(source, CheckpointSource)

@@ -5,6 +5,7 @@ A recipe has these fields too. `table.py` says which options each method takes.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from prunus.options import Option, Options, at_least, between
@@ -64,6 +65,8 @@ class MethodOptions(UpdateOptions):
             `solvers/least_squares.py`.
         keep_zeros: Whether weights that are zero already stay zero, also in updates of weights.
         ria_power: The power of the input norms in RIA's score, in [0, 2].
+        masks: A file of masks or a pruned folder, whose zeros methods mask and obs take; None for
+            a mask of the method's own.
         mask_from: The score of the mask of method obs.
         block_size: The columns of a block: of the groups "block" and "block-row", and of the mask
             and the update of SparseGPT.
@@ -108,6 +111,15 @@ class MethodOptions(UpdateOptions):
             within=between("[0, 2]"),
         ),
     ] = 0.5
+    masks: Annotated[
+        Path | None,
+        Option(
+            "Remove exactly the weights that are zero in this pruned folder or file of masks "
+            "(method mask, or obs).",
+            metavar="PATH",
+            panel=METHOD,
+        ),
+    ] = None
     mask_from: Annotated[
         Literal["wanda", "magnitude"],
         Option("Choose the mask of method obs by this score.", metavar="SCORE", panel=METHOD),

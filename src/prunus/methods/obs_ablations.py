@@ -1,4 +1,4 @@
-"""`obs`: a mask from magnitude or Wanda, and SparseGPT's weight update around it.
+"""`obs`: a mask from magnitude or Wanda, or a given one, and SparseGPT's weight update around it.
 
 These are the ablations of the Wanda paper (arXiv 2306.11695, section 5). They separate two
 questions: how good is a mask, and what does the update add? The mask is either fixed before the
@@ -26,7 +26,7 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     Args:
         weight_OI: float32, the trained weights.
         statistics: With a Gram matrix.
-        work: Its options `mask_from` and `mask_order` choose the mask.
+        work: Its options `mask_from` and `mask_order` choose the mask, if it has none.
 
     Raises:
         ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
@@ -44,7 +44,9 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
 
     if options.mask_order == "before":
         scored_OI = work.without_zeros(weight_OI, slice(None))
-        if options.mask_from == "magnitude":
+        if work.given_OI is not None:
+            keep_OI = ~work.given_OI.to(weight_OI.device)
+        elif options.mask_from == "magnitude":
             keep_OI = magnitude_mask(scored_OI, work.pattern, work.sparsity)
         else:
             score_OI = wanda_score(scored_OI, statistics)

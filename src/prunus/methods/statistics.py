@@ -145,6 +145,28 @@ class InputStatistics:
             equal.gram_II.fill_diagonal_(1)
         return equal
 
+    @classmethod
+    def of_sums(
+        cls, tokens: int, sum_squares_I: Tensor, gram_II: Tensor | None = None
+    ) -> InputStatistics:
+        """Statistics from sums that were computed elsewhere, such as those in a file.
+
+        Args:
+            tokens: How many tokens they are of.
+            sum_squares_I: Σ_t x².
+            gram_II: XᵀX, float32; None for norms alone.
+
+        >>> InputStatistics.of_sums(2, torch.tensor([25.0, 1.0])).norms_I
+        tensor([5., 1.])
+        """
+        needs: Needs = "norms" if gram_II is None else "gram"
+        # No matrix of zeros is made for the Gram matrix, which replaces it.
+        found = cls(len(sum_squares_I), "norms", sum_squares_I.device)
+        found.spec = StatisticsSpec(needs=needs)
+        found.tokens, found.gram_II = tokens, gram_II
+        found.sum_squares_I = sum_squares_I.double()
+        return found
+
     @property
     def norms_I(self) -> Tensor:
         """The root of `sum_squares_I`, float32: ‖X_j‖₂ of every feature over all tokens.

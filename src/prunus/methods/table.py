@@ -89,7 +89,7 @@ class Method:
         >>> METHODS["wanda"].read_options(MethodOptions(), {"power": 1})
         Traceback (most recent call last):
         ValueError: method wanda: unknown option 'power'; known are damping, dense_weight, \
-iterations, weight_update, keep_zeros, ria_power, mask_from, mask_order, \
+iterations, weight_update, keep_zeros, ria_power, masks, mask_from, mask_order, \
 block_size; did you mean ria_power?
         """
         given = {name: getattr(shared, name) for name in shared.model_fields_set}
@@ -222,11 +222,11 @@ _ALL = (
     ),
     Method(
         name="obs",
-        summary="a mask from wanda or magnitude, with sparsegpt's weight update",
+        summary="a mask from wanda or magnitude, or a given one, with sparsegpt's weight update",
         function="prunus.methods.obs_ablations:prune",
         needs="gram",
         updates_weights=True,
-        reads=("mask_from", "mask_order"),
+        reads=("masks", "mask_from", "mask_order"),
         under=_obs_under,
         has_reference_order=True,
     ),
@@ -240,6 +240,13 @@ _ALL = (
         updates_weights=True,
         reads=("iterations",),
         adds_ridge=True,
+    ),
+    Method(
+        name="mask",
+        summary="remove the weights that given masks name",
+        function="prunus.methods.given_mask:prune",
+        needs="none",
+        reads=("masks",),
     ),
 )
 

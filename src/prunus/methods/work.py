@@ -152,6 +152,8 @@ class Work:
             None for a run that rounds nothing.
         linear: Which linear it is; None if a method is called without a run around it.
         zero_OI: bool, True for weights that are zero and stay zero; None if zeros may change.
+        given_OI: The mask that was given for the linear, bool, True where a weight is removed; None
+            in a run without masks.
     """
 
     pattern: Pattern = field(default_factory=Pattern)
@@ -162,6 +164,7 @@ class Work:
     rounding: object = None
     linear: LinearPlace | None = None
     zero_OI: Tensor | None = None
+    given_OI: Tensor | None = None
 
     def without_zeros(self, tensor_OB: Tensor, rows: slice, start: int = 0) -> Tensor:
         """Values with 0, or a mask with False, for the weights that stay zero.

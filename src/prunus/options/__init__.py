@@ -65,7 +65,9 @@ class Option:
 
 
 #: Options whose values may be names of files; a method may be FILE.py:NAME.
-_NAMING_FILES = ("allocation", "calibration", "fast_on", "method", "template", "text", "type")
+_NAMING_FILES = (
+    "allocation", "calibration", "fast_on", "masks", "method", "template", "text", "type",
+)  # fmt: skip
 
 
 class _OptionsType(ModelMetaclass):

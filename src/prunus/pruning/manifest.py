@@ -45,11 +45,14 @@ class Manifest(LinearsRecord):
     def shape(self) -> str:
         """What was asked for in words, such as "2:4" or "50% unstructured"."""
         recipe = self.recipe
+        if recipe.masks is not None:
+            return "given"
         return recipe.pattern if recipe.n_of_m else f"{self.asked_sparsity:.0%} unstructured"
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.asked_sparsity, totals["sparsity"]
-        if self.state != "finished" or abs(reached - asked) < _SAME_SPARSITY:
+        as_asked = self.recipe.masks is not None or abs(reached - asked) < _SAME_SPARSITY
+        if self.state != "finished" or as_asked:
             return lines
         if reached < asked:
             why = "a share of the weights that compete is rounded down to a whole number"

@@ -52,7 +52,8 @@ def prune(
             is called after every block with a `prunus.engine.progress.Progress`.
         announce: Called with what is being prepared before the first block.
         **options: Options of `Recipe` and of the run. `allocation` may be a function; see
-            `prunus.engine.allocate_sparsity`.
+            `prunus.engine.allocate_sparsity`. `masks` may be a dictionary: full name of a linear ->
+            bool (out, in), True where the weight is removed.
 
     Returns:
         The manifest: recipe, inputs, totals, and for each linear its shape, sparsity, error and
@@ -70,6 +71,8 @@ def prune(
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
+    if isinstance(options.get("masks"), Mapping):
+        options |= {"own_masks": options["masks"], "masks": GIVEN}
     if isinstance(method, Method):
         options["own_method"], method = method, f"{GIVEN}{method.name}"
     if callable(own := options.get("allocation")):

@@ -78,6 +78,8 @@ _AXES = (
         lambda recipe: (
             "by hand"
             if recipe.sparsity_of
+            else "given"
+            if recipe.masks is not None
             else recipe.pattern
             if recipe.n_of_m
             else round(100 * recipe.sparsity, 6)

@@ -264,6 +264,7 @@ class BlockPruner:
             replace(
                 work,
                 sparsity=sparsity,
+                given_OI=self.plan.masks.get(full_name),
                 linear=LinearPlace(full_name, state.index, linear.name, linear.kind),
             ),
             linear,

@@ -133,6 +133,7 @@ class Checkpoint:
         )
         digest = hashlib.sha256()
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         # Shard -> the state of its file when it was opened; see `check_unchanged`.
         self._opened: dict[str, tuple[int, int, int]] = {}
         for file in files:
@@ -189,6 +190,7 @@ class Checkpoint:
             # between tensors. So the sizes, added up in file order, are the offsets.
             with safe_open(path, framework="pt", backend="pread") as handle:
                 names = list(handle.keys())
+                self.metadata |= handle.metadata() or {}
                 for name in handle.offset_keys():
                     piece = handle.get_slice(name)
                     code = piece.get_dtype()
