@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunus.hardware.sizes import parse_bytes
+from prunus.hardware.words import parse_bytes
 
 GROUP = f"prunus-larger-than-memory-{os.getpid()}"
 # The process of a command: first its imports, which read the disk too, then the command, then its

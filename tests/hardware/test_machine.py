@@ -16,7 +16,7 @@ from prunus.hardware.machine import (
     process_memory,
     return_freed_memory,
 )
-from prunus.hardware.sizes import parse_bytes
+from prunus.hardware.words import parse_bytes
 from prunus.kernels import library
 
 

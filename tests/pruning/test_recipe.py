@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prunus.hardware.sizes import parse_bytes
+from prunus.hardware.words import parse_bytes
 from prunus.pruning.recipe import PRESETS, Recipe
 from refusals import assert_refused
 

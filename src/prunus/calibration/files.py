@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 
 # A compressed file may always hold this many bytes of text.
 _SMALL_TEXT = 2**26

@@ -37,8 +37,7 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
-from prunus.hardware.errors import did_you_mean, reason
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted, did_you_mean, reason
 from prunus.model.tokenizer import apply_chat_template
 
 # What texts may be, for errors.

@@ -30,7 +30,7 @@ from prunus.calibration.windows import (
     put_bos_first,
     used_bos,
 )
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted
 
 
 class TrainingText:

@@ -27,7 +27,7 @@ from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.terminal import command, log
 from prunus.cli.use import generate, import_
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 
 __all__ = ["app", "main"]
 

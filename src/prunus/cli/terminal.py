@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from prunus.cli.flags import add_parameters, as_flags
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 from prunus.model.checkpoint import files
 from prunus.reporting.console import TerminalConsole, printable, to_terminal
 from prunus.reporting.console import progress_console as new_progress_console

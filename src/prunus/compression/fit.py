@@ -14,7 +14,7 @@ from prunus.formats.codec import codec_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.gguf.codec import GgufCodec, GgufPlan
 from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.words import in_bytes
 from prunus.options import at_least
 
 

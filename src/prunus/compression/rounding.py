@@ -28,7 +28,7 @@ from prunus.formats.codec import Codec
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.size_plan import SizePlan
 from prunus.formats.type_choice import Measurement, TypeChoice
-from prunus.hardware.errors import naming
+from prunus.hardware.words import naming
 from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import GroupRounding, quantize_in_groups

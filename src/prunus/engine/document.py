@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted
 
 #: What stands for a figure that was not measured.
 MISSING = "–"

@@ -23,8 +23,9 @@ from prunus.engine.masks import SUFFIX, check_file, open_stored
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import calibration_windows, given_windows
 from prunus.engine.session import shown_session
-from prunus.methods.own_code import GIVEN, Method
+from prunus.methods.own_code import GIVEN
 from prunus.methods.statistics import InputStatistics, Needs
+from prunus.methods.table import Method
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
 from prunus.options import takes

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from prunus.engine.run_options import WindowOptions
-from prunus.hardware.errors import naming
+from prunus.hardware.words import naming
 from prunus.methods.allocation import ALLOCATION_NAMES, check_glob
 from prunus.methods.method_options import METHOD, MethodOptions, UpdateOptions
 from prunus.methods.table import METHOD_NAMES, METHODS, check_owners

@@ -15,17 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from prunus.engine.linear_options import LinearOptions, PruningOptions
-from prunus.engine.loss_sensitivity import measuring_memory
-from prunus.engine.masks import Masks
-from prunus.engine.masks import masks as read_masks
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
@@ -38,9 +35,8 @@ from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
-from prunus.methods import Method, MethodOptions, Work, check_options, compose, get_method
+from prunus.methods import Method, MethodOptions, Work, check_options, get_method
 from prunus.methods.allocation import ALLOCATION_NAMES, Share, mean_sparsity, shares_by_hand
-from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.own_code import GIVEN
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
@@ -50,6 +46,9 @@ from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+
+if TYPE_CHECKING:
+    from prunus.engine.masks import Masks
 
 # At most about this number of matrices is sampled, to see whether weights were rounded before.
 _SAMPLED = 24
@@ -137,7 +136,7 @@ class LinearPlan(RunPlan):
         work: What the run asks of the method. Its sparsity is that of linears without another.
         shares: The linears of every sparsity by hand; empty if none is by hand.
         allocate: The user's own function that gives every linear a sparsity; None for none.
-        masks: The masks that were given; empty if the method chooses its own.
+        masks: The masks that were given; None if the method chooses its own.
     """
 
     recipe: LinearOptions
@@ -146,7 +145,7 @@ class LinearPlan(RunPlan):
     work: Work
     shares: Sequence[Share] = ()
     allocate: Callable[..., Any] | None = None
-    masks: Masks = field(default_factory=lambda: Masks({}, {}))
+    masks: Masks | None = None
 
     @property
     def selected(self) -> list[list[str]]:
@@ -217,7 +216,7 @@ class LinearPlan(RunPlan):
         return {
             "method_sha256": METHOD_NAMES.sha256(recipe.method, function),
             "allocation_sha256": ALLOCATION_NAMES.sha256(recipe.allocation, options.own_allocation),
-            "masks_sha256": self.masks.sha256 if self.masks else None,
+            "masks_sha256": None if self.masks is None else self.masks.sha256,
         }
 
     @property
@@ -236,6 +235,7 @@ class LinearPlan(RunPlan):
         if not self.measures_loss:
             return 0
         # The measurement is loaded by the runs that make it.
+        from prunus.engine.loss_sensitivity import measuring_memory
 
         memory = measuring_memory(self, self.recipe.rounds == "feedback")
         return memory.total(hidden=self.device.type == "cpu", paused=False)
@@ -275,6 +275,7 @@ class LinearPlan(RunPlan):
         if not self.method.needs_drift:
             return False
         # Dense targets, and the solver below them, are loaded by the runs that use them.
+        from prunus.methods.dense_targets import drift_is_worthwhile
 
         return drift_is_worthwhile(in_features, self.tokens)
 
@@ -409,7 +410,7 @@ def plan_run(
         head = opened.skeleton.head()
         check_shape(work.pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, work.pattern)
-    masks = Masks({}, {})
+    masks = None
     if isinstance(recipe, PruningOptions) and recipe.masks is not None:
         masks, linears = _given_masks(recipe.masks, options, opened.skeleton, linears)
         work = replace(work, sparsity=masks.sparsity(linears.linears(opened.skeleton)))
@@ -464,6 +465,9 @@ def _given_masks(
     path: Path, options: RunOptions, skeleton: Skeleton, linears: LinearSelection
 ) -> tuple[Masks, LinearSelection]:
     """The masks of a run, and the selected linears that have one; the others stay dense."""
+    # Masks are read by the runs that have them.
+    from prunus.engine.masks import masks as read_masks
+
     if options.own_masks is None and str(path) == GIVEN:
         raise ValueError("the masks of this run were given in Python: give them again as `masks`")
     given = path if options.own_masks is None else options.own_masks
@@ -488,7 +492,12 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
         return rounding_method(recipe.rounds, options), Work(options=options)
     published = own_method or get_method(recipe.method)
     options = published.read_options(recipe, recipe.method_options)
-    method = compose(published, options)
+    method = published
+    if options.adds_steps:
+        # The steps after a method are loaded by the runs that have them.
+        from prunus.methods import compose
+
+        method = compose(published, options)
     group = recipe.group
     if group is None:
         group = published.with_options(options).default_group

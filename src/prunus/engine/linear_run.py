@@ -26,7 +26,7 @@ from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput,
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted
 from prunus.kernels.library import missing_words
 from prunus.model.source import ModuleSource
 

@@ -32,8 +32,8 @@ from prunus.engine.block.hooks import output_hooks, tokens_of
 from prunus.engine.memory_plan import BlockMemory, activation_bytes
 from prunus.engine.run_plan import HashedSource, RunPlan
 from prunus.engine.session import Session
-from prunus.hardware.errors import naming
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16
+from prunus.hardware.words import naming
 from prunus.methods.group_sweep import relative_steps
 from prunus.methods.statistics import InputStatistics, statistics_bytes
 from prunus.model.kinds import CAUSAL, IMAGES

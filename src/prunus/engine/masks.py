@@ -20,7 +20,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from prunus.calibration.catalogue import CHOICES
-from prunus.hardware.sizes import parse_bytes
+from prunus.hardware.words import parse_bytes
 from prunus.options import ADVANCED, Option, Options, at_least
 
 #: Heading of the options on calibration in --help.

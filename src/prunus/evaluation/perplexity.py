@@ -71,8 +71,7 @@ from prunus.evaluation.window_scores import (
     check_windows,
     score_windows,
 )
-from prunus.hardware.errors import did_you_mean
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted, did_you_mean
 from prunus.model.device import choose_device
 from prunus.options import takes
 

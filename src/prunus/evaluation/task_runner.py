@@ -27,7 +27,7 @@ from prunus.evaluation.model_input import (
     unchanged,
 )
 from prunus.evaluation.tasks import LoadedTask, load_tasks, run_task, wrap_model
-from prunus.hardware.errors import require_library
+from prunus.hardware.words import require_library
 from prunus.model.device import choose_device
 from prunus.options import takes
 

@@ -23,7 +23,7 @@ from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import read_json
 from prunus.model.linears import is_tied

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from prunus.engine.linear_options import LinearOptions
-from prunus.hardware.sizes import in_bytes, parse_bytes
+from prunus.hardware.words import in_bytes, parse_bytes
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
 from prunus.options import Option, Range, at_least, one_of

@@ -26,7 +26,7 @@ from prunus.formats.cards import CardWords, quantized_card
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from prunus.hardware.errors import did_you_mean, nearest_glob
+from prunus.hardware.words import did_you_mean, nearest_glob
 from prunus.methods.own_code import OwnCode
 from prunus.options import between
 

@@ -42,8 +42,10 @@ def compose(method: Method, options: MethodOptions) -> Method:
         function = partial(on_dense_target, function)
     if options.keep_zeros:
         function = partial(_keeping_zeros, function)
+    if not options.adds_steps:
+        return method
     if not (updates or uses_dense_target):
-        return replace(method, function=function) if options.keep_zeros else method
+        return replace(method, function=function)
     return replace(
         method,
         function=function,

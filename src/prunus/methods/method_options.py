@@ -142,3 +142,8 @@ class MethodOptions(UpdateOptions):
             within=at_least(1),
         ),
     ] = 128
+
+    @property
+    def adds_steps(self) -> bool:
+        """Whether steps are added to a method; see `composition.compose`."""
+        return self.weight_update != "none" or self.dense_weight != 0 or self.keep_zeros

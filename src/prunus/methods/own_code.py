@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import read_limited
 
 #: A recipe names what was given in Python by this prefix and the name of the object.

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.errors import naming, reason, require_library
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
+from prunus.hardware.words import naming, reason, require_library
 from prunus.model.checkpoint.files import write_json
 from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, save_safetensors

@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import read_json, write_json
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from prunus.hardware.errors import reason
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
+from prunus.hardware.words import reason
 from prunus.model.adapter import attach, check_adapter
 from prunus.model.checkpoint.card import keep_records, records_of
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder

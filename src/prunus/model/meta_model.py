@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 from prunus.model.kinds import Kind
 
 #: Modules of a model. A model of 61 blocks with 384 experts each has 94,000.

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from prunus.hardware.errors import reason
 from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
+from prunus.hardware.words import reason
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import check_config, check_processor_files
 

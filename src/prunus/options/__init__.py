@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from prunus.hardware.errors import did_you_mean, reason
+from prunus.hardware.words import did_you_mean, reason
 from prunus.model.checkpoint.files import read_limited
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.hardware.sizes import parse_bytes
+from prunus.hardware.words import parse_bytes
 from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import RecoveryOptions

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from prunus.engine.linear_options import SELECTION, PruningOptions, TrainingPlan
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.methods.method_options import METHOD
 from prunus.options import Option, at_least
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from prunus.distributed import is_rank_0
 from prunus.engine.run_record import RecordPart
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import save_safetensors
 from prunus.recovery.recovery_record import Evaluation

@@ -18,7 +18,7 @@ from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import ranks
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
-from prunus.hardware.errors import require_library
+from prunus.hardware.words import require_library
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.resolve import CONFIG_NAME, is_adapter, resolve_folder

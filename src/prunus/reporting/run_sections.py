@@ -22,7 +22,7 @@ from prunus.engine.document import (
 from prunus.engine.linear_record import LinearsRecord, linear_kind, mean_error
 from prunus.engine.run_record import BlockwiseRecord, bos_words, source_name
 from prunus.formats.compression_record import CompressionRecord
-from prunus.hardware.sizes import counted, in_bytes
+from prunus.hardware.words import counted, in_bytes
 from prunus.pruning.manifest import Manifest
 from prunus.structure.structure_record import StructureRecord, what_was_removed
 

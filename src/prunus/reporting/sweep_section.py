@@ -25,7 +25,7 @@ from prunus.engine.document import (
     short_names,
 )
 from prunus.evaluation.eval_records import BEST, FORMS
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
     SIZES,

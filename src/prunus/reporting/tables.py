@@ -9,7 +9,7 @@ from typing import Any
 
 from prunus.engine.document import Facts, Table, items_of, table_of
 from prunus.engine.run_record import bos_words
-from prunus.hardware.sizes import counted, in_bytes
+from prunus.hardware.words import counted, in_bytes
 from prunus.recovery.recovery_record import RecoveryRecord
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import WindowOptions
 from prunus.engine.run_record import BlockwiseRecord, RecordPart, RunInputs
-from prunus.hardware.sizes import counted
+from prunus.hardware.words import counted
 from prunus.options import Option, Options, percent
 
 #: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.

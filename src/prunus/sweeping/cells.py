@@ -22,7 +22,7 @@ from prunus.evaluation.eval_options import TaskOptions, TextOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_runner import evaluate
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 from prunus.methods import get_method
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,

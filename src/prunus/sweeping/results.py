@@ -15,7 +15,7 @@ from pydantic import Field
 from prunus.engine.document import Measured, Table, plain_rows, short_names, table_of
 from prunus.engine.run_record import RecordPart, read_record
 from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
-from prunus.hardware.errors import require_library
+from prunus.hardware.words import require_library
 from prunus.model.checkpoint.files import write_json
 from prunus.pruning.recipe import Recipe
 

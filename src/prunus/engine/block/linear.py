@@ -19,7 +19,6 @@ from torch import Tensor
 
 from prunus.distributed import own_part, ranks, split_range, sum_floats
 from prunus.engine.linear_record import LinearRecord
-from prunus.hardware.errors import naming
 from prunus.hardware.numerics import (
     all_finite,
     count_zeros,
@@ -27,6 +26,7 @@ from prunus.hardware.numerics import (
     low_precision_product,
     row_spans,
 )
+from prunus.hardware.words import naming
 from prunus.methods import Method, Work
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, Pruned, Rounded, RowShard, RowSharding

@@ -257,14 +257,14 @@ class BlockPruner:
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         set_location(full_name)
-        work = self.plan.work
+        work, masks = self.plan.work, self.plan.masks
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = prune_linear(
             self.plan.method,
             replace(
                 work,
                 sparsity=sparsity,
-                given_OI=self.plan.masks.get(full_name),
+                given_OI=None if masks is None else masks.get(full_name),
                 linear=LinearPlace(full_name, state.index, linear.name, linear.kind),
             ),
             linear,

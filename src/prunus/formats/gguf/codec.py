@@ -36,7 +36,7 @@ from prunus.formats.size_plan import (
     weights_in,
 )
 from prunus.formats.type_choice import Measurement, TypeChoice
-from prunus.hardware.sizes import in_bytes
+from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
 from prunus.model.checkpoint.tensor_files import Checkpoint

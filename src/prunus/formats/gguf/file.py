@@ -33,8 +33,8 @@ from prunus.formats.gguf.header import (
 )
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES, GgufType
-from prunus.hardware.errors import require_library
 from prunus.hardware.process_state import replaced
+from prunus.hardware.words import require_library
 from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.files import open_regular, replacing
 

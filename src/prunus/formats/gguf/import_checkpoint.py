@@ -30,8 +30,8 @@ from prunus.formats.gguf.import_config import restore_constants
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
-from prunus.hardware.errors import reason
 from prunus.hardware.process_state import no_stderr
+from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
     fsync_folder,

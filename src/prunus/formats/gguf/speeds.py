@@ -18,7 +18,7 @@ import numpy as np
 
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.types import TYPES, type_for
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import read_json
 
 #: Name of a processor's instructions -> type -> nanoseconds per weight.

@@ -14,7 +14,7 @@ import torch
 
 from prunus.formats.block_bytes import ONE, BlockType, Field, integers
 from prunus.formats.gguf.iq_codebooks import CodebookBlock
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.methods.group_quantizer import GroupQuantizer
 
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).

@@ -39,7 +39,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunus.hardware.errors import reason
+from prunus.hardware.words import reason
 
 _MIB = 2**20
 #: End of a file's name -> its most bytes. Weights and other files have no limit here.

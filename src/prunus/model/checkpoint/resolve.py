@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunus.hardware.errors import did_you_mean
+from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import check_folder
 from prunus.model.config import read_config
 from prunus.model.formats import SUFFIXES, format_of, reader_of
