@@ -130,6 +130,9 @@ def test_a_template_says_nothing_else_than_the_configuration(option, tmp_path):
     dense = gguf_checkpoint(tmp_path / "dense", hidden_size=32, intermediate_size=64)
     fields = known_layout(dense)[0].fields
     fields["llama.logit_scale"] = fields["llama.rope.freq_base"]._replace(value=4.0)
+    # 0 stands for a model without attention, such as Mamba: it contradicts nothing.
+    heads = fields["llama.attention.head_count"]._replace(value=0)
+    fields["llama.attention.head_count"] = heads
     template = write_container(tmp_path / "full.gguf", known_tensors(dense), fields)
     value, message = UNLIKE[option]
     for given in ({}, {option: value}):
