@@ -617,6 +617,7 @@ def test_a_method_of_ones_own_is_read_from_its_file(tmp_path):
         ("{own}", "names a file but no method in it"),
         ("{own}:", "names a file but no method in it"),
         ("{own}:MISSING", "has no MISSING: its methods are SQUARED"),
+        ("{own}:SQARED", "did you mean SQUARED\\?$"),
         ("{own}:NOT_ONE", "has a str, not a Method, as NOT_ONE"),
         ("given:squared", "'squared' was given in Python"),
     ],

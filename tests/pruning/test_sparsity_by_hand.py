@@ -110,7 +110,9 @@ def test_the_plan_shows_the_mean_and_the_weights_of_every_glob(dense, tmp_path):
         ({"sparsity": {"*": 0.4, "*.mlp.*": 0.6}}, r"'\*\.mlp\.\*' never counts.*put it before"),
         ({"sparsity": [0.5, 0.6]}, "has 2 numbers, and the model has 3 blocks"),
         ({"sparsity": {"*": 60}}, r"must lie in \[0, 1\); got 60; did you mean 0\.6\?"),
-        ({"sparsity": {"*": "half"}}, r"sparsity_of \*: could not .* 'half'"),
+        ({"sparsity": {"*": "half"}}, r"\*: the share must be a number such as 0\.6; got 'half'$"),
+        ({"sparsity_of": ["*=60%"]}, r"got '60%'; did you mean 0\.6\?$"),
+        ({"sparsity": {"*.fc9": 0.6}}, r"they match \*\.\w+, .*\*\.up_proj, \*\.down_proj$"),
         ({"sparsity": [0.5, ("*", 0.5), 0.5]}, "either GLOB=SHARE.* or one number per block"),
         ({"sparsity_of": 0.5}, "a list of one per block; got 0.5"),
         ({"sparsity_of": ["mlp"]}, "give GLOB=SHARE.*got 'mlp'"),
@@ -238,3 +240,17 @@ def test_sparsities_that_no_linear_can_have_are_refused(change, message, dense, 
 def test_a_rule_that_nobody_knows_is_refused_with_the_nearest():
     for wrong, message in (("owll", "did you mean owl"), ("own.py", "names a file but no alloc")):
         assert_refused(ValueError, message, Recipe, allocation=wrong)
+
+
+def test_a_function_that_cannot_be_called_is_refused_before_any_work(dense, tmp_path):
+    file, out = tmp_path / "own.py", tmp_path / "out"
+    file.write_text("from math import fsum\n\ndef mine(statistics, power):\n    return {}\n")
+    for name, message in (
+        ("mine", "gets the statistics and, .* missing a required argument: 'power'$"),
+        ("mne", r"own\.py has no mne: its allocations are mine\. .* did you mean mine\?$"),
+        ("zzz", r"its allocations are mine\. Assign a function to zzz$"),
+    ):
+        options = {"calibration": IDS, "allocation": f"{file}:{name}"}
+        assert_refused(ValueError, message, prunus.prune, dense, out, **options)
+        assert not out.exists()
+    assert_refused(ValueError, "option is `data`", prunus.prune, dense, out, data_dir=".")

@@ -10,9 +10,10 @@ from rich.console import Console
 
 import prunus
 from command_line import call
-from prunus.engine.document import Document, Lines, Section
+from prunus.engine.document import Document, Lines, Section, Series
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.console import to_terminal
+from prunus.reporting.figure import to_figure
 from prunus.reporting.page import figure_json, to_html, to_markdown
 from prunus.reporting.paper import to_csv, to_latex
 from prunus.reporting.sweep_section import sweep_section
@@ -165,6 +166,43 @@ def test_the_layer_errors_of_runs_are_a_line_for_each_in_one_chart(run, tmp_path
     linears = list(csv.DictReader(io.StringIO(to_csv(prunus.report([run, other])))))
     assert len(linears) == 28 and linears[-1]["method"] == "ria"
     assert linears[-1]["linear"] == "model.layers.1.mlp.down_proj"
+
+
+def test_runs_that_differ_in_their_seed_are_one_line_of_the_mean(tmp_path):
+    dense, ids = tiny_checkpoint(tmp_path / "dense"), tmp_path / "ids.safetensors"
+    runs = [tmp_path / name for name in ("first", "second", "again", "ria")]
+    windows = (4, 8, 4, 4)  # the text differs with the seed
+    methods = ("wanda", "wanda", "wanda", "ria")
+    for run, method, seed, count in zip(runs, methods, (0, 1, 0, 0), windows, strict=True):
+        ids_file(ids, count, 64 // count)
+        prunus.prune(dense, run, method, calibration=str(ids), samples=4, seqlen=8, seed=seed)
+    alone = [charts(prunus.report(run).sections[0]).popitem()[1].series[0].y for run in runs[:2]]
+    [chart] = charts(prunus.report([runs[0], runs[1], runs[3]]).sections[0]).values()
+    assert [line.name for line in chart.series] == ["wanda (2 seeds)", "ria"]
+    assert alone[0] != alone[1]
+    assert chart.series[0].y == pytest.approx([sum(ys) / 2 for ys in zip(*alone, strict=True)])
+    [chart] = charts(prunus.report(runs).sections[0]).values()
+    assert len(chart.series) == 3  # a run that repeats another one is no other seed
+
+
+def test_a_long_legend_fits_and_no_two_of_its_lines_look_alike():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    names = [f"method {number}" for number in range(27)]
+    series = tuple(Series(name, (0.0, 1.0), (1.0, 2.0), ("", ""), (0.0, 0.0)) for name in names)
+    document = Document("t", (Section("s", parts=(Lines("t", "block", "error", series),)),))
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = []
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        to_figure("png", document)
+    drawn[0].draw_without_rendering()
+    [panel] = drawn[0].axes
+    lines = [line for line in panel.get_lines() if line.get_marker() != "None"]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) >= 27
+    legend, page = panel.get_legend().get_window_extent(), drawn[0].bbox
+    assert page.y0 <= legend.y0 and legend.y1 <= page.y1 and legend.x1 <= page.x1
+    assert panel.get_window_extent().width > 0.7 * page.width  # the legend takes none of it
 
 
 def test_an_unknown_ending_is_refused_before_any_work(tmp_path):

@@ -266,7 +266,12 @@ class PruningOptions(MethodOptions, LinearOptions):
             pair = _assignment(share, _SHARE_FORM) if isinstance(share, str) else share
             glob, number = pair if isinstance(pair, list | tuple) else (None, pair)
             with naming(f"sparsity_of {glob or f'block {len(shares)}'}"):
-                number = float(str(number))  # no other value than text ends in a ValueError
+                try:
+                    number = float(str(number))
+                except ValueError:
+                    raise ValueError(
+                        f"the share must be a number such as 0.6; got {number!r}{percent(number)}"
+                    ) from None
                 between("[0, 1)").check("the share", number)
             shares.append(number if glob is None else (str(glob), number))
         if len({type(share) for share in shares}) > 1:

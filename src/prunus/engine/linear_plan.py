@@ -36,7 +36,13 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method, MethodOptions, Work, check_options, get_method
-from prunus.methods.allocation import ALLOCATION_NAMES, Share, mean_sparsity, shares_by_hand
+from prunus.methods.allocation import (
+    ALLOCATION_NAMES,
+    Share,
+    check_rule,
+    mean_sparsity,
+    shares_by_hand,
+)
 from prunus.methods.own_code import GIVEN
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
@@ -405,6 +411,7 @@ def plan_run(
     own_allocation = options.own_allocation
     if isinstance(recipe, PruningOptions) and recipe.allocation not in ALLOCATION_NAMES.known:
         own_allocation = own_allocation or ALLOCATION_NAMES.load(recipe.allocation)
+        check_rule(own_allocation, recipe.allocation)
     opened = open_model(model, options, session)
     if recipe.training.head:
         head = opened.skeleton.head()

@@ -276,6 +276,10 @@ def open_stored(path: Path, what: str, kind: type[_Content]) -> tuple[Checkpoint
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or holds something else.
     """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file {path}: prunus.{what}(MODEL, …) writes such a file"
+        )
     checkpoint = Checkpoint(path.parent, only=[path.name])
     if what not in checkpoint.metadata:
         raise ValueError(

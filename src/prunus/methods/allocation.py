@@ -6,14 +6,16 @@ by the layers' numbers of weights, is the sparsity of the whole. Imports no torc
     allocate_by_error       by curves of the error over the sparsity
     allocate_by_outliers    by the share of outliers: OWL
     shares_by_hand          as the user says, by names or by blocks
+    check_rule              a function of the user's own, before the run
     check_sparsities        what a function of the user's own returns
 """
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -130,10 +132,38 @@ def check_glob(option: str, glob: str, names: Sequence[str]) -> None:
         ValueError: It matches none; names the nearest pattern that does.
     """
     if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+        ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
         raise ValueError(
             f"`{option}` {glob!r} matches none of the {len(names)} linears; names look like "
-            f"{names[0]!r}, and * stands for anything: '*.mlp.*'{nearest_glob(glob, names)}"
+            f"{names[0]!r}, and * stands for anything: they match "
+            f"{', '.join(f'*.{last}' for last in ends)}{nearest_glob(glob, names)}"
         )
+
+
+def check_rule(rule: Callable[..., Any], name: str) -> None:
+    """Check that a user's own rule can be called, before the model is measured for it.
+
+    Args:
+        rule: The function.
+        name: Its name, for errors.
+
+    Raises:
+        ValueError: It needs a parameter that it does not get, or takes none.
+
+    >>> check_rule(lambda statistics, sparsity, power: {}, "mine")
+    Traceback (most recent call last):
+    ValueError: allocation mine gets the statistics and, if it has parameters of these names, \
+sparsity and weight_of: missing a required argument: 'power'
+    """
+    signature = inspect.signature(rule)
+    known = {key: None for key in ("sparsity", "weight_of") if key in signature.parameters}
+    try:
+        signature.bind({}, **known)
+    except TypeError as fault:
+        raise ValueError(
+            f"allocation {name} gets the statistics and, if it has parameters of these names, "
+            f"sparsity and weight_of: {fault}"
+        ) from None
 
 
 def check_sparsities(found: Any, names: Collection[str], rule: str) -> dict[str, float]:

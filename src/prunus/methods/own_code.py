@@ -83,11 +83,16 @@ class OwnCode:
         module = _load(file.resolve(), _sha256(self.option, file), self.option)
         found = getattr(module, name, None)
         if not self.fits(found):
-            own = [key for key, x in vars(module).items() if self.fits(x)]
+            # What the file imports is not the user's own; a Method has no `__name__`.
+            own = [
+                key
+                for key, x in vars(module).items()
+                if self.fits(x) and (not hasattr(x, "__name__") or x.__module__ == module.__name__)
+            ]
             what = "has no" if found is None else f"has a {type(found).__name__}, not a {self.must}"
             raise ValueError(
                 f"{file} {what}{'' if found is None else ', as'} {name}: its {self.option}s are "
-                f"{', '.join(own) or 'none'}. Assign {self.path} to {name}"
+                f"{', '.join(own) or 'none'}. Assign {self.path} to {name}{did_you_mean(name, own)}"
             )
         return found
 

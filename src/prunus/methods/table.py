@@ -342,6 +342,6 @@ def get_method(method: str) -> Method:
     >>> get_method("wandb")
     Traceback (most recent call last):
     ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
-sparsegpt, sparsegpt-score, obs, alps, or name your own as FILE.py:NAME; did you mean wanda?
+sparsegpt, sparsegpt-score, obs, alps, mask, or name your own as FILE.py:NAME; did you mean wanda?
     """
     return METHODS[method] if method in METHODS else METHOD_NAMES.load(method)

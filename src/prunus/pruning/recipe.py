@@ -41,7 +41,7 @@ class Recipe(PruningOptions):
 
     ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
         ("bits", "size", "head_bits"), "it belongs to a compressed checkpoint; use prunus compress"
-    )
+    ) | {"data_dir": "it is the field of a record; the option is `data`"}
 
     preset: Annotated[
         str | None,

@@ -10,12 +10,15 @@ from prunus.engine.document import Document, Lines
 from prunus.hardware.words import require_library
 
 # The colours of Okabe and Ito, which people with every kind of colour vision tell apart. Lines
-# differ in their markers and dashes as well, for print in grey.
+# differ in their markers and dashes as well, for print in grey. There are fewer markers than
+# colours, so that the ninth line does not look like the first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = "osD^vXP*"
+_MARKERS = "osD^vXP"
 _DASHES = ("-", "--", "-.", ":")
 # Inches: one panel is as wide as a column of a paper in two columns.
 _WIDTH, _HEIGHT = 3.3, 2.3
+# A legend of more lines stands below its panel; inches that each of them takes there.
+_INSIDE, _ENTRY = 4, 0.18
 _STYLE = {
     "font.family": ["STIXGeneral", "DejaVu Sans"],
     "font.size": 9,
@@ -64,7 +67,9 @@ def to_figure(kind: str, document: Document) -> bytes:
     across = min(len(charts), 2)
     down = math.ceil(len(charts) / across)
     with rc_context(_STYLE):
-        figure = Figure((across * _WIDTH, down * _HEIGHT), dpi=300, layout="constrained")
+        longest = max(len(chart.series) for chart in charts)
+        height = _HEIGHT + (_ENTRY * longest if longest > _INSIDE else 0)
+        figure = Figure((across * _WIDTH, down * height), dpi=300, layout="constrained")
         panels = figure.subplots(down, across, squeeze=False).flat
         named: list[str] = []
         for chart, panel in zip(charts, panels, strict=False):
@@ -73,8 +78,8 @@ def to_figure(kind: str, document: Document) -> bytes:
             names = [line.name for line in chart.series]
             # One legend serves the panels with the same lines.
             if names != named and not chart.y_title.startswith(names[0]):
-                beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-                panel.legend(**beside if len(names) > 4 else {})
+                below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}
+                panel.legend(**below if len(names) > _INSIDE else {})
             named = names
         for panel in panels:
             panel.set_axis_off()

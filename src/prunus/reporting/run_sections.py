@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def run_section(manifest: LinearsRecord, compared: bool = False) -> Section:
     error, mean = mean_error(totals)
     mean_words = "not measured" if mean is None else f"{mean:.3%}"
     facts = [*_sizes(manifest, totals), (f"mean {error}", mean_words)]
-    charts = [] if compared else _error_charts({error: manifest})
+    charts = [] if compared else _error_charts({error: [manifest]})
     if manifest.allocation:
         title = "Sparsity of the linears by block"
         sparsities = _by_block(manifest, linear_kind, "sparsity")
@@ -70,10 +71,45 @@ def run_section(manifest: LinearsRecord, compared: bool = False) -> Section:
 
 
 def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
-    """Several runs beside each other: the error of their blocks, a line for each run.
+    """Several runs beside each other: the error of their blocks.
 
-    A line has the shortest name that tells the runs apart: the method, what was done, the model as
-    well, or the folder.
+    Runs that differ in nothing but their seed are one line, the mean of these runs.
+
+    Args:
+        records: Folder of a run -> its record.
+    """
+    # Each line has its runs by folder. A run that repeats another one has a line of its own.
+    lines: dict[tuple[str, int], dict[str, LinearsRecord]] = {}
+    repeats: Counter[str] = Counter()
+    for folder, record in records.items():
+        recipe = record.recipe.model_dump()
+        repeats[f"{record.source} {recipe}"] += 1
+        line = f"{record.source} {recipe | {'seed': None}}", repeats[f"{record.source} {recipe}"]
+        lines.setdefault(line, {})[folder] = record
+    names = _named({min(runs): runs[min(runs)] for runs in lines.values()})
+    rows = []
+    for name, record in _named(records).items():
+        totals = record.all_totals()
+        error, mean = mean_error(totals)
+        row = {"run": name, "sparsity reached": totals["sparsity"], "bits": totals.get("bits")}
+        rows.append(row | {error: mean, "seconds": totals["seconds"]})
+    forms = {"sparsity reached": ".2%", "bits": ".3f", "seconds": ".1f"}
+    forms |= dict.fromkeys(_DEFINITIONS, ".3%")
+    table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
+    title = "Runs beside each other"
+    charts = _error_charts(
+        {
+            f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name: [*runs.values()]
+            for name, runs in zip(names, lines.values(), strict=True)
+        }
+    )
+    return Section(title, parts=(table, *charts))
+
+
+def _named(records: Mapping[str, LinearsRecord]) -> dict[str, LinearsRecord]:
+    """Runs by the shortest name that tells them apart.
+
+    It is the method, what was done, the model as well, or the folder.
 
     Args:
         records: Folder of a run -> its record.
@@ -86,18 +122,7 @@ def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
         [*short_names(records).values()],
     )
     names = next(naming for naming in namings if len({*naming}) == len(records))
-    named = dict(zip(names, runs, strict=True))
-    rows = []
-    for name, record in named.items():
-        totals = record.all_totals()
-        error, mean = mean_error(totals)
-        row = {"run": name, "sparsity reached": totals["sparsity"], "bits": totals.get("bits")}
-        rows.append(row | {error: mean, "seconds": totals["seconds"]})
-    forms = {"sparsity reached": ".2%", "bits": ".3f", "seconds": ".1f"}
-    forms |= dict.fromkeys(_DEFINITIONS, ".3%")
-    table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
-    title = "Runs beside each other"
-    return Section(title, parts=(table, *_error_charts(named)))
+    return dict(zip(names, runs, strict=True))
 
 
 def _work(manifest: LinearsRecord) -> str:
@@ -108,13 +133,23 @@ def _work(manifest: LinearsRecord) -> str:
     return f"{manifest.what} per weight" if by_bits else manifest.what
 
 
-def _error_charts(records: Mapping[str, LinearsRecord]) -> list[Lines]:
-    """The mean error of each block, where it was measured: a chart for each kind of error."""
+def _error_charts(records: Mapping[str, Sequence[LinearsRecord]]) -> list[Lines]:
+    """The mean error of each block, where it was measured: a chart for each kind of error.
+
+    Args:
+        records: Name of a line -> its runs, which differ in their seed.
+    """
     charts: dict[str, dict[str, dict[int, float]]] = {}
-    for name, record in records.items():
-        error, _ = mean_error(record.all_totals())
-        for of_run in _by_block(record, lambda linear: "", "error").values():
-            charts.setdefault(error, {})[name] = of_run
+    for name, runs in records.items():
+        error, _ = mean_error(runs[0].all_totals())
+        measured = [
+            of_run for run in runs for of_run in _by_block(run, lambda linear: "", "error").values()
+        ]
+        if measured:
+            charts.setdefault(error, {})[name] = {
+                number: fmean(of_run[number] for of_run in measured if number in of_run)
+                for number in measured[0]
+            }
     return [
         lines_over_blocks(f"Mean {error} by block", error, lines, ".3%")
         for error, lines in charts.items()
