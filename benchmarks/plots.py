@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from window_errors import mcnemar, mean_and_error, ratio_and_error
+from window_errors import mcnemar, ratio_and_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -262,6 +262,7 @@ def windows_table(_figures: Figures) -> str:
     """
     rows = []
     for model, measured in read("proof-windows")["models"].items():
+        name = model
         for preset, of_preset in measured["rows"].items():
             if "prunus" not in of_preset:
                 continue
@@ -270,16 +271,17 @@ def windows_table(_figures: Figures) -> str:
                 for text in of_preset["prunus"].get("scores", {})
             ]
             for text, cells in sorted(found, key=lambda row: -row[1][0][0]):
-                rows.append([model, preset, text, *(cell for _, *of in cells for cell in of)])
+                rows.append([name, preset, text, *(cell for _, *of in cells for cell in of)])
+                name = ""
             if "hellaswag" in of_preset["prunus"]:
-                rows.append([model, preset, "HellaSwag", *tasks_row(measured, preset)])
+                rows.append([name, preset, "HellaSwag", *tasks_row(measured, preset)])
     columns = [f"{what}, {length}" for length in ("512", "2,048") for what in COMPARED]
     return markdown(["model", "size of", "text", *columns], rows, text=3)
 
 
 #: Fields of proof-windows.json with chunks of 512 and of 2,048 tokens, and columns of each.
 SCORES = ("scores", "long scores")
-COMPARED = ("KL", "ratio", "less Q8_0's", "perplexity")
+COMPARED = ("KL", "ratio, less floor", "perplexity, %")
 #: llama.cpp's rows, of which the better one counts.
 RIVALS = ("preset", "more tokens")
 
@@ -293,30 +295,30 @@ def compared(rows: dict[str, Any], preset: str, text: str, field: str) -> tuple[
     rivals = [found for row in RIVALS if (found := scores(preset, row))]
     ours, floor = scores(preset, "prunus"), scores("Q8_0", "preset")
     if not (ours and rivals and floor):
-        return 0.0, "", "", "", ""
+        return 0.0, *[""] * len(COMPARED)
     files = ours, min(rivals, key=lambda found: found["kl"])
     values = [file["kl_by_window"] for file in files]
     ratio, error = ratio_and_error(*values)
-    less, less_error = ratio_and_error(*values, floor["kl_by_window"])
-    means = [mean_and_error(of_file) for of_file in values]
+    less, _ = ratio_and_error(*values, floor["kl_by_window"])
+    rises = [100 * (file["perplexity"] / file["dense"] - 1) for file in files]
     return (
         ratio,
-        ", ".join(f"{fixed(kl, 3)} ± {fixed(kl_error, 3)}" for kl, kl_error in means),
-        f"**{ratio:.2f}** ± {error:.2f}",
-        f"{less:.2f} ± {less_error:.2f}",
-        ", ".join(f"{100 * (file['perplexity'] / file['dense'] - 1):+.1f} %" for file in files),
+        ", ".join(fixed(file["kl"], 3) for file in files),
+        f"**{ratio:.3f}** ± {error:.3f}, {less:.3f}",
+        ", ".join(f"{rise:+.1f}" for rise in rises),
     )
 
 
 def tasks_row(measured: dict[str, Any], preset: str) -> list[str]:
-    """The cells of HellaSwag: shares of tasks that are solved, and McNemar's test."""
+    """The cells of HellaSwag: per cent of tasks that are solved, and McNemar's test."""
     rows = measured["rows"][preset]
     ours, dense = rows["prunus"]["hellaswag"], measured["dense"]["hellaswag"]
-    theirs = max((rows[row]["hellaswag"] for row in RIVALS if row in rows), key=by_solved)
+    rivals = [rows[row]["hellaswag"] for row in RIVALS if "hellaswag" in rows.get(row, {})]
+    theirs = max(rivals, key=by_solved)
     shares = [f"{100 * by_solved(solved) / len(solved):.1f} %" for solved in (ours, theirs, dense)]
     first, second, chance = mcnemar(ours, theirs)
     words = f"{shares[0]}, {shares[1]}; dense {shares[2]}"
-    return [words, f"{first} against {second}, p = {chance:.2f}", *[""] * 6]
+    return [words, f"{first} to {second}, p = {chance:.2f}", *[""] * (2 * len(COMPARED) - 2)]
 
 
 def by_solved(solved: str) -> int:

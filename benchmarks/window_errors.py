@@ -46,11 +46,6 @@ def by_task(printed: str) -> str:
     return "".join(str(now - before) for before, now in itertools.pairwise(solved))
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean of windows, and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
 def ratio_and_error(
     ours: list[float], theirs: list[float], floor: list[float] | None = None
 ) -> tuple[float, float]:
