@@ -18,7 +18,7 @@ def by_window(printed: str) -> tuple[list[float], list[float]]:
 
     llama-perplexity prints the means of all windows so far, with five decimals. So the value of
     window n has an error of about n · 4e-6. Together the values have the mean of the last line.
-    What rounding adds makes errors larger, never smaller.
+    What rounding adds makes errors larger on average, not smaller.
 
     >>> line = "{:4d}  {:9.4f} ± 1.5  {:10.5f} ± 0.01  {:10.5f} ± 0.02  8.0 ± 0.9 %  66.7 ± 2.9 %"
     >>> printed = "\\n".join([line.format(1, 19.2, 0.2, 0.3), line.format(2, 18.1, 0.3, 0.2)])
