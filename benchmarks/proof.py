@@ -1,6 +1,6 @@
 """GGUF files of prunus and of llama.cpp at equal bytes, judged by llama.cpp's own programs.
 
-    python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json docs/results/proof.json
+    python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE
 
 CHECKPOINT is a folder: one that benchmarks/small_llama.py trained, or one that benchmarks/dither.py
 made from a file of benchmarks/fetch_model.py. Without --llama-cpp, llama.cpp is built in WORK from
@@ -11,6 +11,7 @@ checkpoint is tied, and that file's logits are what all others are compared with
 each preset there are these rows:
 
     preset        llama-quantize with an importance matrix
+    more tokens   the same, with an importance matrix of ten times as many tokens
     its types     prunus's rounding, with the types that the preset chose
     prunus types  llama-quantize (--tensor-type-file), with the types that prunus chose
     prunus        prunus compress --size BYTES
@@ -20,11 +21,14 @@ each preset there are these rows:
     autoround     AutoRound's GGUF export of the same scheme, at its default settings but for the
                   tokens; it needs --auto-round, the interpreter of a venv that has auto-round
 
-Both programs calibrate on the same tokens of `mix`, of which nothing is scored. Each file is scored
-by llama-perplexity --kl-divergence on wiki.test.raw and on modules of Python's standard library, in
-chunks of 512 tokens, of which llama.cpp scores the second half. llama-bench measures how fast it
-decodes, and reads a prompt; files take turns. All files of a model must hold the same number of
-weights. A row that is in the JSON file is not measured again, so a run that was stopped goes on.
+Both programs calibrate on the same tokens of `mix`, of which nothing is scored; only `more tokens`
+has others. A row of Q8_0 is the floor: what a file loses in this judgement that lost next to
+nothing. llama-perplexity --kl-divergence scores each file on the texts of proof_texts.py, in chunks
+of 512 tokens and of 2,048, of which it scores the second half. The figures file keeps the values of
+each chunk, so that window_errors.py can pair those of two files. With --tasks, the same program
+scores rows of HellaSwag, the same ones for each file. llama-bench measures how fast it decodes, and
+reads a prompt; files take turns. All files of a model must hold the same number of weights. A row
+that is in the JSON file is not measured again, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -44,21 +49,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from proof_texts import TEXTS, hellaswag, text_of, with_plain_tokens
 from type_speeds import tokens_per_second
+from window_errors import by_task, by_window
 
-from prunus.calibration.corpora import load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
 from prunus.hardware.machine import describe_hardware, versions
-from prunus.model.checkpoint.files import file_digest
+from prunus.model.checkpoint.files import file_digest, write_json
 from prunus.model.checkpoint.tensor_files import Checkpoint
 
 PRESETS = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
-ROWS = "preset,its types,prunus types,prunus"
+ROWS = "preset,more tokens,its types,prunus types,prunus"
+#: The preset whose file loses next to nothing; it has no other rows.
+FLOOR = "Q8_0"
 PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
-#: Chunks of 512 tokens that are scored -> by text.
-CHUNKS = {"WikiText-2": 100, "Python": 40}
+#: Tokens of a chunk -> the field of a row that holds its scores by text.
+SCORES = {512: "scores", 2048: "long scores"}
 #: Runs the converter of llama.cpp, or AutoRound, which imports a copy of it when it exports. A
 #: tokenizer that a converter has not seen splits words as GPT-2's does; see small_training.py.
 CONVERT = """
@@ -181,25 +189,28 @@ class Judge:
             lambda partial: run([*command, "--outfile", partial], log, cwd=self.llama),
         )
 
-    def calibration(self) -> Path:
-        """The text that both programs calibrate on."""
-        samples, data = self.options.samples, self.options.data
+    def calibration(self, times: int = 1) -> Path:
+        """The text that both programs calibrate on, or one of so many times as many tokens."""
+        samples, data = times * self.options.samples, self.options.data
         return once(
-            self.work / "calibration.txt",
+            self.work / f"calibration-{samples}.txt",
             lambda path: write_calibration(path, self.checkpoint, samples, data),
         )
 
-    def importance_matrix(self) -> Path:
-        command = [self.program("llama-imatrix"), "-m", self.dense(), "-f", self.calibration()]
-        command += ["--no-ppl", "-c", "512", "-b", "512", "-t", self.threads]
+    def importance_matrix(self, times: int) -> Path:
+        command = [self.program("llama-imatrix"), "-m", self.dense(), "-f", self.calibration(times)]
+        # Tokens of the chat template are what they are for prunus.
+        command += ["--no-ppl", "--parse-special", "-c", "512", "-b", "512", "-t", self.threads]
+        name = f"imatrix-{times * self.options.samples}"
         return once(
-            self.work / "imatrix.gguf",
-            lambda partial: run([*command, "-o", partial], self.work / "imatrix.log"),
+            self.work / f"{name}.gguf",
+            lambda partial: run([*command, "-o", partial], self.work / f"{name}.log"),
         )
 
-    def quantise(self, name: str, preset: str, *options: Any) -> Path:
-        """A file of llama-quantize."""
-        command = [self.program("llama-quantize"), "--imatrix", self.importance_matrix(), *options]
+    def quantise(self, name: str, preset: str, *options: Any, times: int = 1) -> Path:
+        """A file of llama-quantize, with an importance matrix of so many times the tokens."""
+        matrix = [] if preset == FLOOR else ["--imatrix", self.importance_matrix(times)]
+        command = [self.program("llama-quantize"), *matrix, *options]
         return once(
             self.work / f"{name}.gguf",
             lambda partial: run(
@@ -233,42 +244,53 @@ class Judge:
 
     def text(self, name: str) -> Path:
         """The file with a text to score."""
-        if name == "WikiText-2":
-            return Path(self.options.data) / "wikitext2" / "wiki.test.raw"
-        code = load_corpus("python-code", "scoring", self.options.data)
+        data = self.options.data
         return once(
-            self.work / "python.txt",
-            lambda partial: partial.write_text("\n\n".join(code.documents), encoding="utf-8"),
+            self.work / f"text-{name}.txt",
+            lambda path: path.write_text(text_of(name, data, self.checkpoint), encoding="utf-8"),
         )
 
-    def score(self, file: Path) -> dict[str, dict[str, float]]:
-        """By text: mean KL divergence with its standard error, quantiles, and the same top token.
+    def score(self, file: Path, text: str, length: int) -> dict[str, Any]:
+        """What `read_scores` returns for chunks of a text."""
+        command = [*self._perplexity(length), "-m", file, "--kl-divergence"]
+        command += ["--kl-divergence-base", self.logits(text, length)]
+        log = self.work / f"{file.stem}-{text}-{length}.log"
+        try:
+            return read_scores(run(command, log))
+        except ValueError:
+            # Once in some hundred runs it ended well, and the last lines were missing.
+            return read_scores(run(command, log))
 
-        Divergences are in nats, shares of tokens in per cent.
-        """
-        scores = {}
-        for name, chunks in CHUNKS.items():
-            command = [self.program("llama-perplexity"), "-c", "512", "-b", "512"]
-            command += ["-t", self.threads, "--kl-divergence-base", self._logits(name, chunks)]
-            command += ["-m", file, "--kl-divergence"]
-            log = self.work / f"{file.stem}-{name}.log"
-            try:
-                scores[name] = read_scores(run(command, log))
-            except ValueError:
-                # Once in some hundred runs it ended well, and the last lines were missing.
-                scores[name] = read_scores(run(command, log))
-        return scores
-
-    def _logits(self, name: str, chunks: int) -> Path:
-        """The logits of the dense model."""
-        command = [self.program("llama-perplexity"), "-m", self.dense(), "-f", self.text(name)]
-        command += ["-c", "512", "-b", "512", "-t", self.threads, "--chunks", chunks]
-        return once(
-            self.work / f"logits-{name}.bin",
-            lambda partial: run(
-                [*command, "--save-all-logits", partial], self.work / f"logits-{name}.log"
-            ),
+    def solve(self, file: Path) -> str:
+        """Which tasks of HellaSwag a file solves; see `by_task`."""
+        rows = once(
+            self.work / "hellaswag.txt",
+            lambda path: path.write_text(hellaswag(self.options.data), encoding="utf-8"),
         )
+        command = [*self._perplexity(512), "-m", file, "-f", rows, "--hellaswag"]
+        log = self.work / f"{file.stem}-hellaswag.log"
+        return by_task(run([*command, "--hellaswag-tasks", self.options.tasks], log))
+
+    def _perplexity(self, length: int) -> list[Any]:
+        """The beginning of a command of llama-perplexity, for chunks of a length."""
+        return [self.program("llama-perplexity"), "-c", length, "-b", "512", "-t", self.threads]
+
+    def logits_file(self, text: str, length: int) -> Path:
+        return self.work / f"logits-{text}-{length}.bin"
+
+    def logits(self, text: str, length: int) -> Path:
+        """The logits of the dense model, with the token ids of the text."""
+        model, chunks = self.dense(), self.options.chunks[list(SCORES).index(length)]
+        if text == "chats":
+            model = once(self.work / "dense-plain.gguf", self._write_plain)
+        command = [*self._perplexity(length), "-m", model, "-f", self.text(text)]
+        command += ["--chunks", chunks, "--save-all-logits"]
+        file = self.logits_file(text, length)
+        return once(file, lambda partial: run([*command, partial], file.with_suffix(".log")))
+
+    def _write_plain(self, path: Path) -> None:
+        shutil.copy(self.dense(), path)
+        with_plain_tokens(path)
 
     def speed(self, file: Path) -> dict[str, float]:
         """Tokens per second of a prompt of 128 tokens, and of decoding 32."""
@@ -276,13 +298,18 @@ class Judge:
         return {"prompt": prompt, "decode": decode}
 
 
-def read_scores(printed: str) -> dict[str, float]:
-    """The statistics that llama-perplexity prints.
+def read_scores(printed: str) -> dict[str, Any]:
+    """The statistics that llama-perplexity prints, and the values of each window.
+
+    Divergences are in nats, shares of tokens in per cent. `kl_stderr` is the program's own error,
+    over all tokens.
 
     >>> printed = "Mean    KLD:   0.2914 ±   0.006; 99.9%   KLD:   3.88; Same top p: 71.7 ± 0.5 %"
-    >>> read_scores(printed + "; Median  KLD: 0.1; Maximum KLD: 9.1") == {
-    ...     'kl': 0.2914, 'kl_stderr': 0.006, 'kl_median': 0.1, 'kl_99.9': 3.88,
-    ...     'kl_maximum': 9.1, 'same_top': 71.7,
+    >>> printed += "; Median  KLD: 0.1; Maximum KLD: 9.1; Mean PPL(Q) : 20.5; Mean PPL(base) : 18.1"
+    >>> read_scores(printed) == {
+    ...     'kl': 0.2914, 'kl_stderr': 0.006, 'kl_median': 0.1, 'kl_99.9': 3.88, 'kl_maximum': 9.1,
+    ...     'same_top': 71.7, 'perplexity': 20.5, 'dense': 18.1, 'kl_by_window': [],
+    ...     'log_ratio_by_window': [],
     ... }
     True
 
@@ -297,13 +324,17 @@ def read_scores(printed: str) -> dict[str, float]:
         "kl_99.9": rf"99.9%\s+KLD:\s+{number}",
         "kl_maximum": rf"Maximum\s+KLD:\s+{number}",
         "same_top": rf"Same top p:\s+{number}",
+        "perplexity": rf"Mean PPL\(Q\)\s*:\s+{number}",
+        "dense": rf"Mean PPL\(base\)\s*:\s+{number}",
     }
-    scores = {}
+    scores: dict[str, Any] = {}
     for name, pattern in patterns.items():
         match = re.search(pattern, printed)
         if match is None:
             raise ValueError(f"llama-perplexity did not print {name}: {printed[-2000:]}")
         scores[name] = float(match.groups()[-1])
+    for name, values in zip(("kl", "log_ratio"), by_window(printed), strict=True):
+        scores[f"{name}_by_window"] = [round(value, 5) for value in values]
     return scores
 
 
@@ -364,21 +395,21 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
     size = baseline.stat().st_size
     if row == "preset":
         return baseline, 0.0
-    if row == "its types":
-        return compress(judge, f"{preset}-rounding.gguf", "--type", baseline)
+    if row == "more tokens":
+        return judge.quantise(f"{preset}-more", preset, times=10), 0.0
     if row == "autoround":
         started = time.perf_counter()
         return judge.auto_round(preset), time.perf_counter() - started
-    if row == "fixed head":
-        return compress(judge, f"{preset}-head.gguf", "--size", size, "--head-bits", 6)
-    if row == "nearest":
-        return compress(judge, f"{preset}-nearest.gguf", "--size", size, "--rounding", "nearest")
-    if row == "fast":
-        fast_on = ("--fast-on", judge.options.fast_on)
-        return compress(judge, f"{preset}-fast.gguf", "--size", size, *fast_on)
-    ours, seconds = compress(judge, f"{preset}-prunus.gguf", "--size", size)
-    if row == "prunus":
-        return ours, seconds
+    options = {
+        "its types": ["--type", baseline],
+        "fixed head": ["--size", size, "--head-bits", 6],
+        "nearest": ["--size", size, "--rounding", "nearest"],
+        "fast": ["--size", size, "--fast-on", judge.options.fast_on],
+        "prunus": ["--size", size],
+    }
+    if row in options:
+        return compress(judge, f"{preset}-{row}.gguf".replace(" ", "-"), *options[row])
+    ours, _ = compress(judge, f"{preset}-prunus.gguf", *options["prunus"])
     types = type_list(ours, judge.work / f"{preset}-prunus.types")
     return judge.quantise(f"{preset}-types", preset, "--tensor-type-file", types), 0.0
 
@@ -386,23 +417,45 @@ def make_row(judge: Judge, preset: str, row: str) -> tuple[Path, float]:
 # The run.
 
 
-def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    """Make and score every row of a model that is not in the figures yet."""
-    dense = facts(judge.dense())
-    figures.setdefault("dense", dense)
-    check_weights(judge.checkpoint, dense)
-    for preset in judge.options.presets.split(","):
+def make_rows(judge: Judge, figures: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and the figures of every row of a model, the dense model first."""
+    dense, options = judge.dense(), judge.options
+    made = [(dense, figures.setdefault("dense", facts(dense)))]
+    check_weights(judge.checkpoint, figures["dense"])
+    wanted = {preset: options.rows.split(",") for preset in options.presets.split(",")}
+    for preset, names in (wanted | {FLOOR: ["preset"]}).items():
         rows = figures.setdefault("rows", {}).setdefault(preset, {})
-        for row in judge.options.rows.split(","):
-            if row in rows:
-                continue
-            file, seconds = make_row(judge, preset, row)
-            found = facts(file)
-            check_weights(judge.checkpoint, found)
-            rows[row] = {**found, "seconds": round(seconds), "scores": judge.score(file)}
+        for name in names:
+            file, seconds = make_row(judge, preset, name)
+            if name not in rows:
+                rows[name] = {**facts(file), "seconds": round(seconds)}
+                print(time.strftime("%H:%M:%S"), preset, name, rows[name]["bytes"], flush=True)
+            check_weights(judge.checkpoint, rows[name])
+            made.append((file, rows[name]))
+    return made
+
+
+def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
+    """Make every row of a model, and score what is not in the figures yet, text by text."""
+    (dense, of_dense), *rows = make_rows(judge, figures)
+    save()
+    for length, field in SCORES.items():
+        for text in judge.options.texts.split(","):
+            figures.setdefault("texts", {})[text] = file_digest(judge.text(text))
+            for file, row in rows:
+                if text not in row.setdefault(field, {}):
+                    row[field][text] = judge.score(file, text, length)
+                    save()
+                    means = f"{text} {length} {row[field][text]['kl']:.4f}"
+                    print(time.strftime("%H:%M:%S"), file.stem, means, flush=True)
+            # A gigabyte and more, which no other text needs.
+            judge.logits_file(text, length).unlink(missing_ok=True)
+    for file, row in [(dense, of_dense), *rows] if judge.options.tasks else ():
+        if "hellaswag" not in row:
+            row["hellaswag"] = judge.solve(file)
             save()
-            means = [f"{name} {x['kl']:.4f}" for name, x in rows[row]["scores"].items()]
-            print(time.strftime("%H:%M:%S"), preset, row, found["bytes"], *means, flush=True)
+            solved = row["hellaswag"].count("1")
+            print(time.strftime("%H:%M:%S"), file.stem, "HellaSwag", solved, flush=True)
 
 
 def check_weights(checkpoint: Path, found: dict[str, Any]) -> None:
@@ -449,6 +502,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", default=ROWS, help="Default: %(default)s")
     parser.add_argument("--fast-on", default="cpu", help="for the row `fast`")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
+    parser.add_argument("--texts", default=",".join(TEXTS), help="Default: %(default)s")
+    parser.add_argument(
+        "--chunks", type=int, nargs=2, default=(100, 25), help="of 512 and of 2,048 tokens"
+    )
+    parser.add_argument("--tasks", type=int, default=1000, help="rows of HellaSwag; 0 for none")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of speed; 0 for none")
     return parser.parse_args(arguments)
 
@@ -464,18 +522,16 @@ def main(arguments: list[str] | None = None) -> None:
         # Without the folders of this machine.
         "command": "python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE "
         f"--presets {options.presets} --rows {shlex.quote(options.rows)} "
-        f"--samples {options.samples}",
-        "chunks of 512 tokens": CHUNKS,
+        f"--samples {options.samples} --chunks {options.chunks[0]} {options.chunks[1]} "
+        f"--tasks {options.tasks} --rounds {options.rounds}",
+        "chunks": dict(zip(SCORES, options.chunks, strict=True)),
         "calibration": f"{options.samples} windows of 256 tokens of mix",
         "hardware": describe_hardware(torch.device("cpu")),
         "versions": versions(),
     }
 
     def save() -> None:
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        once_more = options.json.with_name(f".{options.json.name}.partial")
-        once_more.write_text(text, encoding="utf-8")
-        once_more.replace(options.json)
+        write_json(options.json, results)
 
     for argument in options.models:
         name, _, checkpoint = argument.partition("=")
