@@ -154,7 +154,9 @@ def test_progress_counts_both_models(folders):
 
 
 def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
+    kept = []
     monkeypatch.setattr(streamed, "process_memory", lambda: 0)
+    monkeypatch.setattr(streamed, "keep_freed_memory", lambda: kept.append(True))
     dense = folders / "dense"
     need = streamed.whole_bytes(dense, 24, ComputeOptions("float32", torch.device("cpu")))
     chosen = [
@@ -166,9 +168,12 @@ def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
             (["pruned"], need),
             (["pruned", "dense"], 2 * need),
             (["pruned", "dense"], 2 * need - 1),
+            (["pruned"], 2 * need),
         )
     ]  # fmt: skip
-    assert chosen == [[False], [False, False], [True, True]]
+    assert chosen == [[False], [False, False], [True, True], [False]]
+    # Freed memory has gaps, so only the last budget has room to keep it.
+    assert kept == [True]
 
 
 def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch):

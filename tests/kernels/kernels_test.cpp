@@ -118,6 +118,33 @@ void check_codewords(int isa, int64_t columns, int64_t rows, int64_t count) {
     }
 }
 
+// The layout of IQ2_XS: rows of 512, seven signs of eight, and two codes in each of eight runs.
+constexpr int32_t kLayout[] = {0, 4, 9, 0, 64, 16, 1, 4, 7, 9, 64, 16, 2, 2, 4, 512, 8, 4};
+
+// Random bytes become levels and codes, by one thread and by three, and the same bytes again.
+void check_codeword_bytes(int isa, int64_t spans) {
+    const int64_t count = 512, columns = 8, digits = 3, bytes = 72;
+    std::vector<int64_t> grid, row_of_key;
+    for (int64_t k = 0; k < count; row_of_key.push_back(k++))
+        for (int64_t c = 0, rest = k; c < columns; ++c, rest /= digits)
+            grid.push_back(rest % digits);
+    std::vector<uint8_t> packed(static_cast<size_t>(spans * bytes)), again(packed.size());
+    for (uint8_t& byte : packed) byte = uint8_t(between(0, 255));
+    std::vector<uint8_t> levels(static_cast<size_t>(spans * 256)), others(levels);
+    std::vector<uint8_t> codes(static_cast<size_t>(spans * 16)), same(codes);
+    for (const auto& [threads, to, of] : {std::tuple{1, &levels, &codes}, {3, &others, &same}})
+        CHECK(prunus_unpack_codewords(isa, threads, spans, bytes, columns, digits, 3, count,
+                                      kLayout, grid.data(), packed.data(), to->data(),
+                                      of->data()) == PRUNUS_OK,
+              "bytes of codewords");
+    CHECK(levels == others && codes == same, "bytes by three threads");
+    CHECK(prunus_pack_codewords(isa, 3, spans, bytes, columns, digits, 3, count, kLayout,
+                                row_of_key.data(), levels.data(), codes.data(),
+                                again.data()) == PRUNUS_OK,
+          "packed codewords");
+    CHECK(again == packed, "bytes of %d spans", int(spans));
+}
+
 void check_refusals() {
     std::vector<float> many = normals(129 * 4), out(1);
     uint16_t x = 0;
@@ -132,6 +159,15 @@ void check_refusals() {
     CHECK(search(0, 4, 2, nullptr) == PRUNUS_BAD_ARGUMENT, "no targets");
     CHECK(search(0, 4, 129, many.data()) == PRUNUS_BAD_ARGUMENT, "129 halves");
     CHECK(search(0, 4, 128, many.data()) == PRUNUS_OK, "128 halves");
+    std::vector<uint8_t> bytes(272);
+    const int64_t key = 0;
+    const auto pack = [&](int64_t nbytes, int64_t columns, const int32_t* layout) {
+        return prunus_pack_codewords(0, 1, 1, nbytes, columns, 3, 3, 1, layout, &key, bytes.data(),
+                                     bytes.data(), bytes.data());
+    };
+    CHECK(pack(71, 8, kLayout) == PRUNUS_BAD_ARGUMENT, "bits behind the end of a span");
+    CHECK(pack(72, 4, kLayout) == PRUNUS_BAD_ARGUMENT, "too few codewords");
+    CHECK(pack(72, 8, nullptr) == PRUNUS_BAD_ARGUMENT, "no layout");
     CHECK(prunus_add_gram(9, 1, 1, 1, &x, out.data()) == PRUNUS_NO_SUCH_ISA, "instruction set 9");
     CHECK(prunus_add_gram(0, 1, 1, 0, &x, out.data()) == PRUNUS_BAD_ARGUMENT, "no features");
     CHECK(prunus_add_gram(0, 1, 1, 1, nullptr, out.data()) == PRUNUS_BAD_ARGUMENT, "no inputs");
@@ -147,6 +183,7 @@ int main() {
         for (const int64_t columns : {4, 8})
             for (const int64_t rows : {1, 15, 16, 63, 64, 200})
                 check_codewords(isa, columns, rows, between(1, 40));
+        for (const int64_t spans : {1, 63, 130}) check_codeword_bytes(isa, spans);
         std::printf("instruction set %d: done\n", isa);
     }
     if (g_failures == 0) std::printf("all kernels agree with float64\n");

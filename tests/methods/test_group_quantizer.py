@@ -65,8 +65,10 @@ def error(weight_OI: torch.Tensor, other_OI: torch.Tensor, gram_II: torch.Tensor
     return float(((change_OI @ gram_II) * change_OI).sum())
 
 
+@pytest.mark.parametrize("isa", ["", "off"])
 @every_type
-def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer):
+def test_bytes_are_read_and_written_as_the_package_gguf_does(quantizer, isa, monkeypatch):
+    monkeypatch.setenv("PRUNUS_ISA", isa)
     data_NK, gguf = random_spans(quantizer), package()
     spans = quantizer.unpack(data_NK)
     if quantizer.name != "Q2_0":  # which the package cannot decode; see the next test

@@ -24,7 +24,7 @@ from prunus.engine.memory_plan import (
 )
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import Walk
-from prunus.hardware.machine import process_memory
+from prunus.hardware.machine import ROOM_TO_KEEP, process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
@@ -121,7 +121,7 @@ class RunPlan(OpenModel):
         memory = self.memory
         if not memory.on_host or not memory.blocks:
             return False
-        return max(memory.peak_bytes(), self.measuring_bytes()) <= 0.75 * memory.host_budget
+        return max(memory.peak_bytes(), self.measuring_bytes()) <= ROOM_TO_KEEP * memory.host_budget
 
     def describe(self, choice: Any = None) -> dict[str, Any]:
         """The plan as JSON values; `choice` has types, if they are chosen. These need a word:

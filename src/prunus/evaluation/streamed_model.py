@@ -21,7 +21,13 @@ import torch
 from prunus.engine.memory_plan import transient_bytes
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress
-from prunus.hardware.machine import available_memory, memory_budget, process_memory
+from prunus.hardware.machine import (
+    ROOM_TO_KEEP,
+    available_memory,
+    keep_freed_memory,
+    memory_budget,
+    process_memory,
+)
 from prunus.model.checkpoint.files import read_json
 from prunus.model.checkpoint.resolve import base_folder, is_adapter
 from prunus.model.checkpoint.tensor_files import Checkpoint
@@ -38,7 +44,8 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    Loaded models, quantised ones and adapters are never streamed.
+    Loaded models, quantised ones and adapters are never streamed. If whole models on a CPU leave
+    room, the process keeps the memory that it frees from here on; see `keep_freed_memory`.
 
     Args:
         folders: The folders of the models; None for a loaded one.
@@ -72,7 +79,10 @@ def choose_streamed(
             # transformers may know other formats. If something is wrong, loading the model will
             # say so.
             can_stream[position] = False
-    fits = need <= memory_budget(options.device, options.memory)
+    budget = memory_budget(options.device, options.memory)
+    if options.device.type == "cpu" and need <= ROOM_TO_KEEP * budget:
+        keep_freed_memory()
+    fits = need <= budget
     return [reads and not fits for reads in can_stream]
 
 

@@ -188,6 +188,11 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
     return memory if memory is not None else available_memory() + process_memory()
 
 
+#: The share of a memory budget that work may need if the process keeps what it frees: what is kept
+#: has gaps between tensors.
+ROOM_TO_KEEP = 0.75
+
+
 def keep_freed_memory() -> None:
     """Make this process keep the memory that it frees, for its next tensors.
 

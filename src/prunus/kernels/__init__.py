@@ -5,4 +5,5 @@ kernels.h      the C interface
 processor.cpp  which instruction sets this processor has
 gram.cpp       sums XᵀX of inputs in bfloat16
 codewords.cpp  the search of codewords in the grids of GGUF's IQ types
+codeword_bytes.cpp  their bytes
 """

@@ -48,4 +48,26 @@ int prunus_add_gram(int isa, int threads, int64_t tokens, int64_t features, cons
 int prunus_find_codewords(int isa, int threads, int64_t words, int64_t columns, int64_t rows,
                           int64_t count, const float* targets, const float* importances,
                           const float* grid, float* least, int32_t* index);
+
+// Packs `spans` spans of 256 columns into `bytes` bytes each, as the IQ types of GGUF store them.
+//
+// `levels` (spans, 256) are the values, numbered from the lowest on: `digits` negative ones, then
+// as many positive ones. `row_of_key` (keys) has the row of the grid of each codeword of `columns`
+// columns, with the digits of its magnitudes as a number whose lowest digit is that of the first
+// column. `codes` (spans, groups) are as they are stored. `layout` (entries, 6) says for rows of
+// the grid (part 0), signs of eight columns (1) and codes (2) where their bits lie: part, integers
+// in each of eight runs, bits, start, run, distance. Bit b of integer i of run r is at start + r ·
+// run + i · distance + b. A second entry of a part has its higher bits.
+int prunus_pack_codewords(int isa, int threads, int64_t spans, int64_t bytes, int64_t columns,
+                          int64_t digits, int64_t entries, int64_t keys, const int32_t* layout,
+                          const int64_t* row_of_key, const uint8_t* levels, const uint8_t* codes,
+                          uint8_t* packed);
+
+// The inverse: `levels` and `codes` of bytes. `grid` (count, columns) has the digits of each row.
+// Of seven stored signs, the eighth makes an even number of columns negative. A row that the grid
+// does not have counts as its last one.
+int prunus_unpack_codewords(int isa, int threads, int64_t spans, int64_t bytes, int64_t columns,
+                            int64_t digits, int64_t entries, int64_t count, const int32_t* layout,
+                            const int64_t* grid, const uint8_t* packed, uint8_t* levels,
+                            uint8_t* codes);
 }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 #: The version of `kernels.h` that the Python code describes.
-ABI = 12
+ABI = 13
 # What the numbers mean that the functions return.
 _FAULTS = {
     1: "an argument is out of range",
@@ -141,6 +141,8 @@ def _load(isa: str) -> tuple[Library | None, str | None]:
     library.prunus_set_runtime.restype = None
     library.prunus_add_gram.argtypes = [number, number, length, length, pointer, pointer]
     library.prunus_find_codewords.argtypes = [number, number, *(length,) * 4, *(pointer,) * 5]
+    for function in (library.prunus_pack_codewords, library.prunus_unpack_codewords):
+        function.argtypes = [number, number, *(length,) * 6, *(pointer,) * 5]
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:

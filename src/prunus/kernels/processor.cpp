@@ -47,7 +47,7 @@ int detect_isa() {
 
 extern "C" {
 
-int prunus_abi(void) { return 12; }
+int prunus_abi(void) { return 13; }
 
 int prunus_best_isa(void) {
     static const int best = prunus::detect_isa();
