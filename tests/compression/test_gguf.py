@@ -687,7 +687,7 @@ def contents(path: Path) -> dict[str, tuple[str, bytes]]:
 @pytest.fixture
 def no_walk(monkeypatch) -> None:
     """No window may run through the blocks on its way to a linear."""
-    monkeypatch.setattr(prune_block, "_WALKS", {})
+    monkeypatch.setattr(prune_block, "WALKS", {})
 
 
 @pytest.mark.parametrize("options", [{"bits": 4.5}, {"type": "Q3_K"}])

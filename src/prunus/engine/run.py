@@ -123,7 +123,7 @@ def carry_out(
         result.check(command.model)
 
         def find() -> Any:
-            return result.earlier(command.model, command.recipe, options)
+            return result.earlier(str(command.model), command.recipe, options)
 
         # What the folder holds decides what is done: from here on no other run may change it.
         with held(command.KIND, result.folder, find) as earlier:
