@@ -62,7 +62,7 @@ WITH_HEADS = ["qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hu
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     **dict.fromkeys(PLAIN, ({}, [])),
     **dict.fromkeys(WITH_HEADS, (HEADS, [])),
-    "qwen3_moe": (HEADS | EXPERTS, []),
+    "qwen3_moe": (HEADS | EXPERTS | {"norm_topk_prob": True}, []),
     "qwen2_moe": (HEADS | EXPERTS, []),
     # llama.cpp attends to all tokens in Mistral, and to near ones in five of six blocks of Gemma 3.
     "mistral": ({"sliding_window": None}, []),
