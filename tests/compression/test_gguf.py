@@ -24,7 +24,7 @@ import prunus
 from command_line import call
 from gguf_cases import compress, gguf_checkpoint, shape
 from prunus.compression.rounding import type_losses
-from prunus.engine.block import prune_block
+from prunus.engine.block import change_block
 from prunus.engine.loss_sensitivity import LinearSensitivity
 from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.eval_records import ModelSize
@@ -687,7 +687,7 @@ def contents(path: Path) -> dict[str, tuple[str, bytes]]:
 @pytest.fixture
 def no_walk(monkeypatch) -> None:
     """No window may run through the blocks on its way to a linear."""
-    monkeypatch.setattr(prune_block, "WALKS", {})
+    monkeypatch.setattr(change_block, "WALKS", {})
 
 
 @pytest.mark.parametrize("options", [{"bits": 4.5}, {"type": "Q3_K"}])

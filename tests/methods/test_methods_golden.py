@@ -66,7 +66,7 @@ def test_masks_and_norms_equal_those_of_the_original(
     model = AutoModelForCausalLM.from_pretrained(golden, dtype=torch.float32).eval()
     compared = []
 
-    def prune_linear(name: str, weight_OI: Tensor, inputs: list[Tensor]) -> Tensor:
+    def change_linear(name: str, weight_OI: Tensor, inputs: list[Tensor]) -> Tensor:
         statistics = InputStatistics(weight_OI.shape[1], METHODS[method].needs)
         for X_TI in inputs:
             statistics.add(X_TI)
@@ -86,7 +86,7 @@ def test_masks_and_norms_equal_those_of_the_original(
         compared.append(name)
         return with_its_mask(weight_OI, statistics, keep_OI)
 
-    reference.prune_two_pass(model, "model.layers", windows, prune_linear)
+    reference.prune_two_pass(model, "model.layers", windows, change_linear)
     assert len(compared) == 14
 
     with torch.no_grad():

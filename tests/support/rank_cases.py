@@ -286,9 +286,9 @@ def lost(scratch: Path) -> dict[str, Any]:
         out = scratch / name
 
         def work(rank: int, name: str = name, act: Any = act, out: Path = out) -> None:
-            from prunus.engine.block.prune_block import BlockPruner
+            from prunus.engine.block.change_block import BlockChanger
 
-            original = BlockPruner.make
+            original = BlockChanger.make
 
             def prune_block(engine: Any, index: int, *rest: Any) -> Any:
                 if rank == 1 and index == 2:
@@ -297,7 +297,7 @@ def lost(scratch: Path) -> dict[str, Any]:
                     os.kill(os.getpid(), act)
                 return original(engine, index, *rest)
 
-            BlockPruner.make = prune_block  # type: ignore[method-assign]
+            BlockChanger.make = prune_block  # type: ignore[method-assign]
             began = time.monotonic()
             try:
                 prune(dense, out, rank_timeout=3.0)

@@ -225,7 +225,7 @@ def collect_inputs(
 
 @torch.no_grad()
 def prune_two_pass(
-    model: nn.Module, blocks: str, windows: Tensor, prune_linear: PruneLinear
+    model: nn.Module, blocks: str, windows: Tensor, change_linear: PruneLinear
 ) -> None:
     """Prune a model in place as the original code does: two passes per block.
 
@@ -251,7 +251,9 @@ def prune_two_pass(
             handle.remove()
         for name, linear in linears(block, f"{blocks}.{number}").items():
             if name in inputs:
-                weight_of(linear).copy_(prune_linear(name, weight_of(linear).clone(), inputs[name]))
+                weight_of(linear).copy_(
+                    change_linear(name, weight_of(linear).clone(), inputs[name])
+                )
 
 
 @torch.no_grad()

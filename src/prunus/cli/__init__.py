@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from prunus.cli.change import compress, plan, prune, recover, shrink
 from prunus.cli.evaluate import evaluate, inspect, report, sweep
 from prunus.cli.flags import FLAGS, JSON, QUIET
-from prunus.cli.prune import compress, plan, prune, recover, shrink
 from prunus.cli.terminal import command, log
 from prunus.cli.use import generate, import_
 from prunus.hardware.words import did_you_mean

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.compression.compress import Compression
-from prunus.compression.rounding import plan_of
+from prunus.compression.rounding import size_plan_of
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
@@ -66,7 +66,7 @@ def plan_to_fit(
     )
     if left <= 0:
         raise ValueError(too_small)
-    size_plan = plan_of(plan)
+    size_plan = size_plan_of(plan)
     assert isinstance(size_plan, GgufPlan)
     needs |= {"room": left, "dense": size_plan.contents.file_bytes({})}
     if size_plan.file_bytes() > left:

@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.distributed import on_rank_0, tensors_from_rank_0
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
-from prunus.engine.output import CheckpointFolder, Rounding
+from prunus.engine.output import Rounding, ShardFolder
 from prunus.engine.run import Run
 from prunus.engine.run_windows import calibration_windows
 from prunus.engine.session import Session, shown_session
@@ -55,7 +55,7 @@ _COHERENCE, _LEAST_REST = 8.0, 0.2
 
 
 def type_rounding(
-    run: Run[LinearPlan, CompressionRecord], folder: CheckpointFolder, codec: type[Codec]
+    run: Run[LinearPlan, CompressionRecord], folder: ShardFolder, codec: type[Codec]
 ) -> Rounding:
     """The rounding to the types of least loss, which the record takes note of.
 
@@ -65,7 +65,7 @@ def type_rounding(
         codec: The format of the result.
     """
     plan, session, record = run.plan, run.session, run.record
-    size_plan, source = plan_of(plan), plan.checkpoint
+    size_plan, source = size_plan_of(plan), plan.checkpoint
     tensors = tensors_from_rank_0(
         lambda: folder.measured(
             lambda: measured(plan, session, run.windows, record.measured).tensors()
@@ -115,7 +115,7 @@ def type_rounding(
     return Rounding(round_as, encode, decode, outside if size_plan.outside else None, corrects)
 
 
-def plan_of(plan: LinearPlan) -> SizePlan:
+def size_plan_of(plan: LinearPlan) -> SizePlan:
     """The plan of the result of a run of compress."""
     assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
     return plan.storage
@@ -179,7 +179,7 @@ def write_lists(
     Raises:
         ValueError, FileExistsError: As `SizePlan.check_lists`.
     """
-    size_plan = plan_of(plan)
+    size_plan = size_plan_of(plan)
     size_plan.check_lists([path for path in (types_file, importances_file) if path is not None])
     with shown_session("plan", progress, None) as session:
         choice = size_plan.choose(measured(plan, session, calibration_windows(plan).ids, {}))
@@ -199,7 +199,7 @@ def measured(
     input of the head. Where each weight is rounded by itself, what errors cost as the head is
     added, and all linears have theirs, E[x_j²].
     """
-    size_plan = plan_of(plan)
+    size_plan = size_plan_of(plan)
     if not size_plan.measures_loss:
         return size_plan.lasting
     losses: dict[str, Tensor] = {}

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
-from prunus.engine.block.prune_block import BlockPruner
+from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.open_model import agreed_walks
-from prunus.engine.output import CheckpointFolder, InPlaceOutput, PruningOutput, Rounding
+from prunus.engine.output import InPlaceOutput, PruningOutput, Rounding, ShardFolder
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
@@ -43,7 +43,7 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
     def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
         """How the result stores the linears that the recipe selects."""
 
-    def rounding(self, run: Run[LinearPlan, _Record], folder: CheckpointFolder) -> Rounding | None:
+    def rounding(self, run: Run[LinearPlan, _Record], folder: ShardFolder) -> Rounding | None:
         """Choose how linears are rounded, before the first block; None for a run that rounds none.
 
         Args:
@@ -91,29 +91,29 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         """Change all linears block by block, and complete the result."""
         plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
         rounding, output = None, self._output(run)
-        if isinstance(output, CheckpointFolder):
+        if isinstance(output, ShardFolder):
             rounding = self.rounding(run, output)
-            output = CheckpointFolder(record, plan, output.result, rounding)
+            output = ShardFolder(record, plan, output.result, rounding)
             output.write_known()
         walks = agreed_walks(plan.walks)
         round_as = None if rounding is None else rounding.of
-        pruner = BlockPruner(plan, session, walks, record.allocation, round_as)
+        changer = BlockChanger(plan, session, walks, record.allocation, round_as)
         in_order = plan.work.reference_order
         threads = _one_processor_thread() if in_order else contextlib.nullcontext()
-        with torch.no_grad(), contextlib.closing(pruner), threads:
+        with torch.no_grad(), contextlib.closing(changer), threads:
             # Everything before the first block: windows become hidden states.
             batches = run.windows.split(plan.batch) if plan.walks_windows else ()
             embedding = f"embedding {counted(len(run.windows), 'window')} and " if batches else ""
             session.tell(f"{embedding}reading block 0")
-            pruner.embed(batches, output.folder)
+            changer.embed(batches, output.folder)
             # In the reference order the next block depends on weights before they were rounded for
             # storage, so a finished block is pruned once more.
-            run_blocks(plan, session, pruner, output, record.measured, again=in_order)
+            run_blocks(plan, session, changer, output, record.measured, again=in_order)
             pruned_head: dict[str, torch.Tensor] = {}
             if recipe.training.head:
-                pruned_head, record.head = pruner.prune_head(batches)
+                pruned_head, record.head = changer.prune_head(batches)
             needs_head = rounding is not None and rounding.needs_head
-            head = pruner.head_statistics(batches) if needs_head else None
+            head = changer.head_statistics(batches) if needs_head else None
         record.totals = record.summary() | run.totals()
         output.complete(pruned_head, head)
 
@@ -121,7 +121,7 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         """What the blocks are written to."""
         plan = run.plan
         if self.result is not None:
-            return CheckpointFolder(run.record, plan, self.result)
+            return ShardFolder(run.record, plan, self.result)
         assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
         return InPlaceOutput(plan.source, run.record, plan.storage)
 

@@ -82,7 +82,7 @@ class InPlaceOutput:
         keep_records(model, {"README.md": self._storage.card(named), named.FILE: text})
 
 
-class CheckpointFolder(BlockFolder):
+class ShardFolder(BlockFolder):
     """A new folder of a run of prune or compress.
 
     No dense copy of a quantised linear is ever written.
@@ -188,4 +188,4 @@ class CheckpointFolder(BlockFolder):
 
 #: What a run writes to. All have a folder for hidden states that do not fit in memory, and know
 #: after `begin` how many blocks an earlier run has finished.
-PruningOutput = InPlaceOutput | CheckpointFolder
+PruningOutput = InPlaceOutput | ShardFolder

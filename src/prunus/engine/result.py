@@ -3,7 +3,7 @@
     check ► earlier ► … shards of the blocks … ► finish ► close
 
 A `Result` has the path of the result and decides everything about files around it. The shards
-themselves are `CheckpointFolder`'s.
+themselves are `ShardFolder`'s.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Result(Generic[_Record]):
             code=plan.options.trust_remote_code,
         )
 
-    def check_finished(self, folder: ResultFolder, plan: Any) -> None:
-        """Check on rank 0 that the finished result of an earlier run is whole."""
+    def finish_earlier(self, folder: ResultFolder, plan: Any) -> None:
+        """Check on rank 0 that the finished result of an earlier run is whole, and clean up."""
         check_whole(folder.folder)
         remove(folder.folder / MEASUREMENT)  # A run that was killed at its very end left it.
 

@@ -271,7 +271,7 @@ class RecordedCommand(Command[_Plan, _Record]):
         if result is not None:
             folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint)
             if record.state == "finished":
-                on_rank_0(lambda: result.check_finished(folder, plan))
+                on_rank_0(lambda: result.finish_earlier(folder, plan))
                 return record
         run = Run(plan, session, windows, record, started, folder)
         prepared = self.prepare(run)

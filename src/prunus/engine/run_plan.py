@@ -2,8 +2,7 @@
 
 Every command that takes calibration windows through a model block by block has such a plan. It is
 frozen, and each command adds its own facts. `prunus.engine.open_model` decides what all share.
-`Memory` has the budgets and how each block is walked; `Session` has the processes and who hears of
-the progress. Both are values of their own.
+`Memory` has the budgets and how each block is walked, and is a value of its own.
 """
 
 from __future__ import annotations

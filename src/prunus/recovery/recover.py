@@ -117,10 +117,10 @@ def recover(
 class RecoveryResult(Result[RecoveryRecord]):
     """A trained checkpoint, or an adapter."""
 
-    def check_finished(self, folder: ResultFolder, plan: RecoveryPlan) -> None:
+    def finish_earlier(self, folder: ResultFolder, plan: RecoveryPlan) -> None:
         """Check that a checkpoint is whole; a kill right after the end leaves the training."""
         if plan.recipe.mode != "lora":
-            super().check_finished(folder, plan)
+            super().finish_earlier(folder, plan)
         Checkpoints(self.folder).clear()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.engine.block.linear import prune_linear
+from prunus.engine.block.linear import change_linear
 from prunus.engine.linear_record import LinearRecord
 from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
@@ -84,7 +84,7 @@ def prune(
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
     work = Work(pattern, 0.5, options)
-    finished = prune_linear(method, work, Linear("up_proj", module), NAME, w, statistics)
+    finished = change_linear(method, work, Linear("up_proj", module), NAME, w, statistics)
     return finished.weight, finished.record
 
 

@@ -1,6 +1,6 @@
 """One linear: score, mask, write back, measure. The only place where a method meets a module.
 
-`prune_linear` is the way of one linear through a method. Several ranks split the rows: each solves
+`change_linear` is the way of one linear through a method. Several ranks split the rows: each solves
 its own, and all get the whole linear. `_RowsOverRanks` at the end of the file does that.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B bytes or columns of a block.
@@ -55,7 +55,7 @@ class PrunedLinear:
     rounded: Rounded | None = None
 
 
-def prune_linear(
+def change_linear(
     method: Method,
     work: Work,
     linear: Linear,

@@ -166,9 +166,9 @@ class GgufResult(Result[CompressionRecord]):
         self._write_file(folder, plan.storage)
         folder.record.state = "finished"
         folder.save()
-        self.check_finished(folder, plan)
+        self.finish_earlier(folder, plan)
 
-    def check_finished(self, folder: ResultFolder, plan: LinearPlan) -> None:
+    def finish_earlier(self, folder: ResultFolder, plan: LinearPlan) -> None:
         """Give the file its name, unless something else has it by now."""
         file, recipe = folder.folder / FILE, folder.record.recipe
         if not file.exists():  # The user has moved the file away since.

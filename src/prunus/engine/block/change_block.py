@@ -1,6 +1,6 @@
 """Prunes the blocks of a model one after the other, with all calibration windows in step.
 
-The steps of one block, as `BlockPruner.make` takes them:
+The steps of one block, as `BlockChanger.make` takes them:
 
     load         weights into the block; a copy of the dense block where its inputs are needed
     walk         all windows through the block; every linear is pruned when its statistics are known
@@ -27,7 +27,7 @@ from torch import nn
 
 from prunus.distributed import own_part, ranks, set_location
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
-from prunus.engine.block.linear import SPARSE, LinearRounding, prune_linear
+from prunus.engine.block.linear import SPARSE, LinearRounding, change_linear
 from prunus.engine.block.walks import WALKS, Accumulate, BlockWalk, accumulate_inputs
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
 
 
-class BlockPruner:
+class BlockChanger:
     """Takes all calibration windows through a model, one block at a time.
 
     Call `embed` first, then `make` or `take` once per block in order, then `close`. `prune_head`
@@ -220,7 +220,7 @@ class BlockPruner:
 
     def _walk(self, state: BlockState) -> None:
         """Take all batches through the block and prune its linears on the way."""
-        prune = functools.partial(self._prune_linear, state)
+        prune = functools.partial(self._change_linear, state)
         unreached = state.linears
         if self.plan.walks_windows:
             forward = self.stream.forward(state.index, state.module)
@@ -252,14 +252,16 @@ class BlockPruner:
             state.dense_inputs.finish()
             state.dense_inputs = None  # releases the copy of the dense block
 
-    def _prune_linear(self, state: BlockState, linear: Linear, statistics: InputStatistics) -> None:
+    def _change_linear(
+        self, state: BlockState, linear: Linear, statistics: InputStatistics
+    ) -> None:
         """Prune a linear, and enter its weight and its record into the state of its block."""
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         set_location(full_name)
         work, masks = self.plan.work, self.plan.masks
         sparsity = self.sparsities.get(full_name, work.sparsity)
-        finished = prune_linear(
+        finished = change_linear(
             self.plan.method,
             replace(
                 work,
@@ -331,7 +333,7 @@ class BlockPruner:
             stored = self.plan.source.read_outside([key])[key]
             sparsity = self.sparsities.get(head.name, self.plan.work.sparsity)
             place = LinearPlace(head.name, inner=head.name)
-            finished = prune_linear(
+            finished = change_linear(
                 self.plan.method,
                 replace(self.plan.work, sparsity=sparsity, linear=place),
                 head,
