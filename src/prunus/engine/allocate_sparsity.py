@@ -56,7 +56,8 @@ def allocate(
     """The sparsity of every linear that is pruned: full name -> sparsity.
 
     With "fisher" every linear removes whole weights per row, so that the mean over all weights
-    falls short of the recipe's sparsity by less than one column of one linear. All ranks call it.
+    falls short of the recipe's sparsity by less than one column of one linear. All processes call
+    it.
 
     Args:
         plan: The run.
