@@ -294,8 +294,12 @@ def test_models_that_cannot_be_compressed_are_refused(tmp_path):
         (tiny_checkpoint(tmp_path / "falcon", "falcon"), "cannot be compressed yet", {}),
     ):
         assert_refused(NotImplementedError, message, compress, folder, tmp_path / "out", **options)
-    with pytest.raises(ValueError, match="give the folder of a checkpoint"):
-        prunus.compress(tiny_model(), "unused", 4, calibration=token_ids())
+    loaded = tiny_model()
+    for output in ("unused", "unused.gguf"):
+        with pytest.raises(ValueError, match="give the folder of a checkpoint"):
+            prunus.compress(loaded, output, 4, calibration=token_ids())
+        with pytest.raises(ValueError, match="give the folder of a checkpoint"):
+            prunus.plan(loaded, output, command="compress", bits=4)
 
 
 def test_other_bits_and_other_formats_in_the_same_folder_are_refused(dense, compressed):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunus.distributed import fail_together, on_rank_0, process_group
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
@@ -72,6 +72,11 @@ class Command(ABC, Generic[_Plan, _Record]):
         """Where the result is written; None for nowhere."""
         return None if self.output is None else self.RESULT(self.output, self.KIND)
 
+    @property
+    def model_name(self) -> str:
+        """The model as the user named it; the class name of a loaded model, as in a plan."""
+        return type(self.model).__name__ if isinstance(self.model, nn.Module) else str(self.model)
+
     @abstractmethod
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
         """Check all that needs neither weights nor text, and decide what the recipe leaves open.
@@ -120,11 +125,11 @@ def carry_out(
     with process_group(options.rank_timeout):
         if result is None:
             return carry_out_held(command, session)
-        result.check(command.model)
 
         def find() -> Any:
-            return result.earlier(str(command.model), command.recipe, options)
+            return result.earlier(command.model_name, command.recipe, options)
 
+        result.check(command.model_name)
         # What the folder holds decides what is done: from here on no other run may change it.
         with held(command.KIND, result.folder, find) as earlier:
             if earlier is not None and result.is_complete(earlier):
@@ -165,8 +170,8 @@ def planned(command: Command[_Plan, Any]) -> _Plan:
     result = command.result
     if result is None:
         return command.plan()
-    result.check(command.model)
-    result.earlier(command.model, command.recipe, command.options)
+    result.check(command.model_name)
+    result.earlier(command.model_name, command.recipe, command.options)
     plan = command.plan()
     check_room(plan.disk_bytes(), result.folder)
     return plan

@@ -33,6 +33,8 @@ def compose(method: Method, options: MethodOptions) -> Method:
     >>> compose(METHODS["wanda"], MethodOptions(weight_update="least-squares")).needs
     'gram'
     """
+    if not options.adds_steps:
+        return method
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
     function: PruneFunction = method.apply
@@ -42,8 +44,6 @@ def compose(method: Method, options: MethodOptions) -> Method:
         function = partial(on_dense_target, function)
     if options.keep_zeros:
         function = partial(_keeping_zeros, function)
-    if not options.adds_steps:
-        return method
     if not (updates or uses_dense_target):
         return replace(method, function=function)
     return replace(

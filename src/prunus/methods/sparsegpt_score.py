@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.patterns import keep_mask
-from prunus.methods.solvers.obs import DAMPING, inverse_factor
+from prunus.methods.solvers.obs import shared_factor
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Pruned, Work, masked
 
@@ -40,10 +40,7 @@ def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the score needs a Gram matrix"
-    damping = DAMPING if work.options.damping is None else work.options.damping
-    factor_II, notes = statistics.derived(
-        ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
-    )
+    factor_II, notes = shared_factor(statistics, work)
     # (G + λI)⁻¹ = UᵀU, so its diagonal has the squared norms of the columns of U.
     norms_I = factor_II.square().sum(dim=0).rsqrt()
     score_OI = weight_OI.abs() * norms_I.masked_fill(gram_II.diagonal() == 0, 0)

@@ -79,7 +79,6 @@ def prune_by_obs(
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
-    damping = DAMPING if work.options.damping is None else work.options.damping
     widths = _span_and_block(work.pattern)
 
     def choose_others(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
@@ -88,13 +87,11 @@ def prune_by_obs(
         return work.without_zeros(keep_OB, shard.rows, start)
 
     if work.reference_order:
+        damping = _damping(work)
         pruned = _sweep_in_reference_order(weight_OI, gram_II, damping, widths, choose_others)
         if pruned is not None:
             return pruned
-    # Linears with the same input share one factor: it is computed for the first of them.
-    factor_II, notes = statistics.derived(
-        ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
-    )
+    factor_II, notes = shared_factor(statistics, work)
     dead_I = gram_II.diagonal() == 0
 
     def solve(shard: RowShard) -> Pruned:
@@ -259,6 +256,26 @@ def block_mask(score_OB: Tensor, work: Work, shard: RowShard) -> Tensor:
         choose = functools.partial(keep_above_threshold, sparsity=work.sparsity)
         return shard.joint_mask(score_OB, choose)
     return keep_mask(score_OB, work.pattern, work.sparsity)
+
+
+def shared_factor(statistics: InputStatistics, work: Work) -> tuple[Tensor, dict[str, Any]]:
+    """`inverse_factor` of the Gram matrix, computed for the first of the linears with one input.
+
+    Args:
+        statistics: With a Gram matrix.
+        work: Its `damping` is λ, a share of the mean diagonal; None means `DAMPING`.
+
+    Raises:
+        ValueError: The Gram matrix cannot be inverted, see `inverse_factor`.
+    """
+    gram_II, damping = statistics.gram_II, _damping(work)
+    assert gram_II is not None, "the factor needs a Gram matrix"
+    return statistics.derived(("inverse_factor", damping), lambda: inverse_factor(gram_II, damping))
+
+
+def _damping(work: Work) -> float:
+    """λ as the user chose it, or as published."""
+    return DAMPING if work.options.damping is None else work.options.damping
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:
