@@ -12,7 +12,7 @@ import torch
 from prunus.compression.rounding import type_rounding
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.output import Rounding, ShardFolder
+from prunus.engine.output import Rounding
 from prunus.engine.result import Result
 from prunus.engine.run import Run, called
 from prunus.engine.run_options import RunOptions
@@ -92,6 +92,6 @@ class Compression(LinearCommand[CompressionRecord]):
         folder = None if result is None else result.folder
         return size_plan_for(self.codec, self.recipe, folder, opened, selection)
 
-    def rounding(self, run: Run[LinearPlan, CompressionRecord], folder: ShardFolder) -> Rounding:
+    def rounding(self, run: Run[LinearPlan, CompressionRecord]) -> Rounding:
         """The types of least loss."""
-        return type_rounding(run, folder, self.codec)
+        return type_rounding(run, self.codec)

@@ -10,17 +10,21 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.distributed import on_rank_0, tensors_from_rank_0
+from prunus.engine.folder import ResultFolder
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
-from prunus.engine.output import Rounding, ShardFolder
+from prunus.engine.output import Rounding
+from prunus.engine.result import MEASUREMENT
 from prunus.engine.run import Run
 from prunus.engine.run_windows import calibration_windows
 from prunus.engine.session import Session, shown_session
@@ -33,7 +37,7 @@ from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
 from prunus.methods.statistics import InputStatistics
-from prunus.model.checkpoint.tensor_files import Writable
+from prunus.model.checkpoint.tensor_files import Writable, save_safetensors
 
 # Rows of the output head that are rounded together: a part of it in float32, not all.
 _HEAD_ROWS = 2**14
@@ -54,23 +58,17 @@ _LEAST = 1e-100
 _COHERENCE, _LEAST_REST = 8.0, 0.2
 
 
-def type_rounding(
-    run: Run[LinearPlan, CompressionRecord], folder: ShardFolder, codec: type[Codec]
-) -> Rounding:
+def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -> Rounding:
     """The rounding to the types of least loss, which the record takes note of.
 
     Args:
-        run: The run.
-        folder: The folder of the result, which keeps the measurement for a resumed run.
+        run: The run, whose folder keeps the measurement for a resumed run.
         codec: The format of the result.
     """
     plan, session, record = run.plan, run.session, run.record
     size_plan, source = size_plan_of(plan), plan.checkpoint
-    tensors = tensors_from_rank_0(
-        lambda: folder.measured(
-            lambda: measured(plan, session, run.windows, record.measured).tensors()
-        )
-    )
+    assert run.folder is not None, "compress writes a new result"
+    tensors = tensors_from_rank_0(functools.partial(_measured_once, run, run.folder))
     if not size_plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
             f"{size_plan.given.recipe.template} is not the file that this run began with: put it "
@@ -113,6 +111,19 @@ def type_rounding(
     # is tied to it has errors of its own, which must be known too.
     corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
     return Rounding(round_as, encode, decode, outside if size_plan.outside else None, corrects)
+
+
+def _measured_once(
+    run: Run[LinearPlan, CompressionRecord], folder: ResultFolder
+) -> dict[str, Tensor]:
+    """The measurement of the run, or that of the run which is resumed, as named tensors."""
+    path = folder.folder / MEASUREMENT
+    if path.exists():
+        return load_file(path)
+    tensors = measured(run.plan, run.session, run.windows, run.record.measured).tensors()
+    folder.save()
+    save_safetensors(path, tensors)
+    return tensors
 
 
 def size_plan_of(plan: LinearPlan) -> SizePlan:

@@ -93,11 +93,7 @@ def _by_inputs(
     """The sparsities that OWL or the user's own function gives to the linears."""
     source = HashedSource(plan.source, plan.skeleton, digests)
     read = functools.lru_cache(maxsize=1)(source.block)
-    places = {
-        f"{plan.skeleton.block_name(index)}.{linear.name}": (index, linear)
-        for index in range(len(plan.skeleton))
-        for linear in plan.skeleton.linears(index)
-    }
+    places = plan.skeleton.all_linears()
 
     def weight_of(name: str) -> Tensor:
         index, linear = places[name]

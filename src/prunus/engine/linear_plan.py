@@ -74,22 +74,20 @@ class LinearSelection(NamedTuple):
     def linears(self, skeleton: Skeleton) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
         return {
-            f"{skeleton.block_name(index)}.{linear.name}": linear
-            for index, names in enumerate(self.selected)
-            for linear in skeleton.linears(index)
-            if linear.name in names
+            name: linear
+            for name, (index, linear) in skeleton.all_linears().items()
+            if linear.name in self.selected[index]
         }
 
     def limited(self, skeleton: Skeleton, keeps: Callable[[str], bool]) -> LinearSelection:
         """The selection without the linears for whose full name `keeps` is False."""
-        limited = LinearSelection([], dict(self.left_dense))
-        for index, names in enumerate(self.selected):
-            path = skeleton.block_name(index)
-            limited.selected.append([name for name in names if keeps(f"{path}.{name}")])
-            dropped = set(names) - set(limited.selected[-1])
-            linears = [linear for linear in skeleton.linears(index) if linear.name in dropped]
-            limited.left_dense.update({f"{path}.{x.name}.weight": x.shape for x in linears})
-        return limited
+        kept = [
+            [name for name in names if keeps(f"{skeleton.block_name(index)}.{name}")]
+            for index, names in enumerate(self.selected)
+        ]
+        every = self.linears(skeleton)
+        dropped = {f"{name}.weight": x.shape for name, x in every.items() if not keeps(name)}
+        return LinearSelection(kept, self.left_dense | dropped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,16 +362,11 @@ def select_linears(skeleton: Skeleton, recipe: LinearOptions, pattern: Pattern) 
         ValueError: A name pattern matches no linear, no linear is left, or the shape of a selected
             linear does not fit the pattern of zeros.
     """
-    by_block = [skeleton.linears(index) for index in range(len(skeleton))]
-    recipe.check_names(
-        f"{skeleton.block_name(index)}.{linear.name}"
-        for index, linears in enumerate(by_block)
-        for linear in linears
-    )
+    recipe.check_names(skeleton.all_linears())
     selection = LinearSelection([], {})
-    for index, linears in enumerate(by_block):
+    for index in range(len(skeleton)):
         names = []
-        for linear in linears:
+        for linear in skeleton.linears(index):
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
             if recipe.selects(full_name):
                 check_shape(pattern, linear.shape, full_name)
@@ -479,10 +472,7 @@ def _given_masks(
         raise ValueError("the masks of this run were given in Python: give them again as `masks`")
     given = path if options.own_masks is None else options.own_masks
     masks = read_masks(given, trust_remote_code=options.trust_remote_code)
-    every = LinearSelection(
-        [[x.name for x in skeleton.linears(i)] for i in range(len(skeleton))], {}
-    )
-    masks.check_fit({name: linear.shape for name, linear in every.linears(skeleton).items()})
+    masks.check_fit({name: x.shape for name, (_, x) in skeleton.all_linears().items()})
     linears = linears.limited(skeleton, masks.__contains__)
     if not any(linears.selected):
         raise ValueError("`masks` has none for the linears that `only` and `ignore` leave")
@@ -519,12 +509,9 @@ def _shares(skeleton: Skeleton, selection: LinearSelection, recipe: LinearOption
     """The linears of every sparsity by hand; see `shares_by_hand`."""
     if not isinstance(recipe, PruningOptions) or not recipe.sparsity_of:
         return []
+    every = skeleton.all_linears().items()
     blocks = [
-        {
-            f"{skeleton.block_name(index)}.{linear.name}": math.prod(linear.shape)
-            for linear in skeleton.linears(index)
-            if linear.name in names
-        }
+        {name: math.prod(x.shape) for name, (i, x) in every if i == index and x.name in names}
         for index, names in enumerate(selection.selected)
     ]
     heads = [skeleton.head()] if recipe.training.head else []

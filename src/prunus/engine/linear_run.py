@@ -22,7 +22,7 @@ from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.open_model import agreed_walks
-from prunus.engine.output import InPlaceOutput, PruningOutput, Rounding, ShardFolder
+from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
@@ -43,12 +43,10 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
     def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
         """How the result stores the linears that the recipe selects."""
 
-    def rounding(self, run: Run[LinearPlan, _Record], folder: ShardFolder) -> Rounding | None:
+    def rounding(self, run: Run[LinearPlan, _Record]) -> Rounding | None:
         """Choose how linears are rounded, before the first block; None for a run that rounds none.
 
-        Args:
-            run: The run.
-            folder: The folder of the result, which keeps measurements.
+        A run that rounds has a folder, which keeps its measurements.
         """
         return None
 
@@ -82,18 +80,20 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
             # The rules, and the measurements that they need, are loaded by the runs that have one.
             from prunus.engine.allocate_sparsity import allocate
 
-            spill_folder = self._output(run).folder
             record.allocation = allocate(
-                run.plan, run.session, run.windows, record.measured, spill_folder
+                run.plan, run.session, run.windows, record.measured, run.spill_folder
             )
 
     def change(self, run: Run[LinearPlan, _Record], prepared: Any) -> None:
         """Change all linears block by block, and complete the result."""
         plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
-        rounding, output = None, self._output(run)
-        if isinstance(output, ShardFolder):
-            rounding = self.rounding(run, output)
-            output = ShardFolder(record, plan, output.result, rounding)
+        rounding = self.rounding(run)
+        output: InPlaceOutput | ShardFolder
+        if self.result is None:
+            assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
+            output = InPlaceOutput(plan.source, record, plan.storage)
+        else:
+            output = ShardFolder(record, plan, self.result, rounding)
             output.write_known()
         walks = agreed_walks(plan.walks)
         round_as = None if rounding is None else rounding.of
@@ -105,7 +105,7 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
             batches = run.windows.split(plan.batch) if plan.walks_windows else ()
             embedding = f"embedding {counted(len(run.windows), 'window')} and " if batches else ""
             session.tell(f"{embedding}reading block 0")
-            changer.embed(batches, output.folder)
+            changer.embed(batches, run.spill_folder)
             # In the reference order the next block depends on weights before they were rounded for
             # storage, so a finished block is pruned once more.
             run_blocks(plan, session, changer, output, record.measured, again=in_order)
@@ -116,14 +116,6 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
             head = changer.head_statistics(batches) if needs_head else None
         record.totals = record.summary() | run.totals()
         output.complete(pruned_head, head)
-
-    def _output(self, run: Run[LinearPlan, _Record]) -> PruningOutput:
-        """What the blocks are written to."""
-        plan = run.plan
-        if self.result is not None:
-            return ShardFolder(run.record, plan, self.result)
-        assert isinstance(plan.source, ModuleSource), "a checkpoint is pruned into a folder"
-        return InPlaceOutput(plan.source, run.record, plan.storage)
 
 
 @contextlib.contextmanager

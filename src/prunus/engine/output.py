@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from prunus.distributed import on_rank_0
 from prunus.engine.block.linear import LinearRounding
@@ -21,7 +18,7 @@ from prunus.engine.result import MEASUREMENT, Result
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.card import keep_records, manifest_text
 from prunus.model.checkpoint.files import remove
-from prunus.model.checkpoint.tensor_files import Checkpoint, Writable, save_safetensors
+from prunus.model.checkpoint.tensor_files import Checkpoint, Writable
 from prunus.model.source import ModuleSource
 
 
@@ -51,12 +48,10 @@ class InPlaceOutput:
     """The loaded model itself. Its weights change block by block, and no run can be resumed.
 
     Attributes:
-        folder: Folder for hidden states that do not fit in memory.
         finished: 0, because no earlier run has finished a block.
     """
 
     def __init__(self, source: ModuleSource, record: LinearsRecord, storage: Storage) -> None:
-        self.folder = Path(tempfile.gettempdir())
         self.finished = 0
         self._source, self._record, self._storage = source, record, storage
 
@@ -91,8 +86,7 @@ class ShardFolder(BlockFolder):
         record: The record of the run.
         plan: The run.
         result: What the folder becomes in the end.
-        rounding: How weights are rounded and stored; None for plain tensors, and before that is
-            decided.
+        rounding: How weights are rounded and stored; None for plain tensors.
     """
 
     record: LinearsRecord
@@ -103,20 +97,10 @@ class ShardFolder(BlockFolder):
         record: LinearsRecord,
         plan: LinearPlan,
         result: Result[Any],
-        rounding: Rounding | None = None,
+        rounding: Rounding | None,
     ) -> None:
         super().__init__(result.folder, record, plan)
         self.result, self.rounding = result, rounding
-
-    def measured(self, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Named tensors that `measure` returns now, or has returned in the run that is resumed."""
-        path = self.folder / MEASUREMENT
-        if path.exists():
-            return load_file(path)
-        tensors = measure()
-        self.save()
-        save_safetensors(path, tensors)
-        return tensors
 
     def complete(
         self, changed: Mapping[str, torch.Tensor], head: InputStatistics | None = None
@@ -184,8 +168,3 @@ class ShardFolder(BlockFolder):
                 dense = self.rounding.outside(dense, head)
             self.write_shard(self.record.outside_shard, dense, uncached=uncached)
             self.save()
-
-
-#: What a run writes to. All have a folder for hidden states that do not fit in memory, and know
-#: after `begin` how many blocks an earlier run has finished.
-PruningOutput = InPlaceOutput | ShardFolder

@@ -14,6 +14,7 @@ windows, and rank 0 writes.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -227,6 +228,11 @@ class Run(Generic[_Plan, _Record]):
     record: _Record
     started: float
     folder: ResultFolder | None
+
+    @property
+    def spill_folder(self) -> Path:
+        """Where hidden states are kept that do not fit in memory."""
+        return Path(tempfile.gettempdir()) if self.folder is None else self.folder.folder
 
     def totals(self) -> dict[str, Any]:
         """What the run has taken until now, for the record."""

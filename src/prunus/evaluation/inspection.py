@@ -279,11 +279,10 @@ def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
         return None
     assert isinstance(source, CheckpointSource)
     nbytes = weights = 0
-    for index in range(len(skeleton)):
-        for linear in skeleton.linears(index):
-            name, count = f"{skeleton.block_name(index)}.{linear.name}", math.prod(linear.shape)
-            info = source.checkpoint.tensors.get(source.stored.get(f"{name}.weight", ""))
-            # Fused experts lie in one tensor together, which has no name of its own for each.
-            nbytes += info.nbytes if info else count * source.stored_dtype.itemsize
-            weights += count
+    for name, (_, linear) in skeleton.all_linears().items():
+        info = source.checkpoint.tensors.get(source.stored.get(f"{name}.weight", ""))
+        count = math.prod(linear.shape)
+        # Fused experts lie in one tensor together, which has no name of its own for each.
+        nbytes += info.nbytes if info else count * source.stored_dtype.itemsize
+        weights += count
     return 8 * nbytes / weights

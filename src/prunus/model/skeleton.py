@@ -94,6 +94,14 @@ class Skeleton:
         """The prunable linears of a block; see `find_linears`."""
         return find_linears(self.blocks[index])
 
+    def all_linears(self) -> dict[str, tuple[int, Linear]]:
+        """The prunable linears of all blocks, in order: full name -> (block, linear)."""
+        return {
+            f"{self.block_name(index)}.{linear.name}": (index, linear)
+            for index in range(len(self))
+            for linear in self.linears(index)
+        }
+
     def fused(self, index: int) -> list[Fused]:
         """The tensors of a block, such as fused experts, that are split into linears here."""
         return self._fused[index]

@@ -168,11 +168,7 @@ def layout_by(
         tensors.append(tensor)
         for source_name in tensor.sources:
             uses[source_name].add((tensor.sources, tensor.columns))
-    linears = (
-        f"{skeleton.block_name(index)}.{linear.name}.weight"
-        for index in range(len(skeleton))
-        for linear in skeleton.linears(index)
-    )
+    linears = (f"{name}.weight" for name in skeleton.all_linears())
     readable = {x for x in (*linears, *skeleton.outside_parameter_names) if len(uses[x]) == 1}
     foreign, absent = (sorted(_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
     patterns = sorted({re.sub(r"\d+", "N", name) for name in absent})
