@@ -148,7 +148,7 @@ OTHERS = [
     ("prune dense out --method wandda", "magnitude, .* FILE.py:NAME; did you mean wanda\\?$"),
     ("prune dense out --allocation fischer", "uniform, fisher, owl, .*; did you mean fisher\\?$"),
     ("prune dense out --calibration wikitext", "none of c4, .*; did you mean wikitext2\\?$"),
-    ("prune dense out --recipe misspelt.toml", "known are .*; did you mean sparsity\\?$"),
+    ("prune dense out --recipe misspelt.toml", "unknown option '.*'; did you mean sparsity\\?$"),
     ("prune dense out --device gpu", "auto, cpu, cuda .*; did you mean cuda\\?$"),
     (
         f"compress dense out.gguf --type q4_k {' '.join(CALIBRATED)}",

@@ -55,6 +55,7 @@ def test_options_are_read_from_files_objects_and_keywords(tmp_path):
         ({"share": 0.0}, r"share must lie in \(0, 1\]; got 0$"),
         ({"gear": "first"}, r"gear must be a whole number \(got 'first'\)"),
         ({"wheels": 4}, "unknown option 'wheels'; known are gear, share"),
+        ({"shares": 0.5}, r"unknown option 'shares'; did you mean share\?$"),
         ({"wings": 2}, "wings is not an option here: this is a car"),
         ({"gear": 0, "share": 2.0}, "gear must .*; share must"),
         ({"wheels": 4, "doors": 2}, "unknown option 'wheels'; known are [^;]*; .* 'doors'$"),

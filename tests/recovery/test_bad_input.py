@@ -37,7 +37,11 @@ def refused(fault, words, model, output, mode, text, **options):
         ("masked", {"tokens": 0}, "tokens must be at least 1; got 0"),
         ("masked", {"tokens": 31}, r"31 is less than one step, .* on 32 tokens \(2 windows of 16"),
         ("masked", {"learning_rate": math.nan}, "learning_rate must lie in"),
-        ("masked", {"lerning_rate": 1.0}, "unknown option 'lerning_rate'; known are mode, text"),
+        (
+            "masked",
+            {"lerning_rate": 1.0},
+            "unknown option 'lerning_rate'; did you mean learning",
+        ),
         ("masked", {"distill_weight": 0.5}, "give the dense model as `teacher`"),
         ("masked", {"seqlen": 65}, r"windows of 65 tokens do not fit: the model has 64 positions"),
         ("masked", {"device": "gpu"}, "device must be auto"),

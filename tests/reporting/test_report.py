@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -434,6 +435,29 @@ def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = report([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
     assert "file, GB" not in table(section, "Quality and size")["dense"]
+
+
+def test_cells_without_a_record_are_named_beside_the_others(run, tmp_path):
+    sweep_results().save(tmp_path)
+    done, waiting = (tmp_path / "cells" / name for name in ("done", "waiting"))
+    shutil.copytree(run, done)
+    (waiting / "model").mkdir(parents=True)
+    first, last = report([waiting, done]).sections
+    assert first == report([done]).sections[0]
+    assert last.title == "Left out" and last.lead.endswith(": waiting.")
+    assert_refused(ValueError, "waiting holds neither", report, [waiting])
+
+
+def test_a_sparsity_that_was_missed_stands_beside_the_one_that_was_asked_for(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    how = {"calibration": token_ids(), "batch": 2}
+    prunus.prune(dense, tmp_path / "missed", sparsity=0.7, **how)
+    prunus.prune(dense, tmp_path / "reached", sparsity=0.5, **how)
+    missed, reached = (
+        dict(report([tmp_path / name]).sections[0].parts[0].items)["sparsity reached"]
+        for name in ("missed", "reached")
+    )
+    assert (missed, reached) == ("68.75% (asked for: 70.00%)", "50.00%")
 
 
 # --- smaller models ---

@@ -52,7 +52,8 @@ def reason(error: BaseException, most: int = 300) -> str:
 def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
     """A hint for a misspelt name: the most similar of `choices`, or "" if none is similar.
 
-    The messages that end with it list all choices before. `what` says what is meant.
+    Messages that end with it list all choices before; `known` lists them only where none is
+    similar. `what` says what is meant.
 
     >>> did_you_mean("balence", ["fast", "balanced"]), did_you_mean("x", ["fast", "balanced"])
     ('; did you mean balanced?', '')
@@ -61,6 +62,15 @@ def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
     names = {name.lower(): name for name in choices}
     near = difflib.get_close_matches(str(wrong).lower(), names, n=1)
     return f"; did you mean {what}{names[near[0]]}?" if near else ""
+
+
+def known(wrong: object, choices: Iterable[str]) -> str:
+    """What follows an unknown name: the most similar of `choices`, or all if none is similar.
+
+    >>> known("share_", ["gear", "share"]), known("wheels", ["gear", "share"])
+    ('; did you mean share?', '; known are gear, share')
+    """
+    return did_you_mean(wrong, choices) or f"; known are {', '.join(choices)}"
 
 
 def nearest_glob(glob: str, names: Sequence[str]) -> str:

@@ -41,7 +41,8 @@ class Method:
         options: The class of `Work.options`. A method with options of its own declares them in a
             class derived from `MethodOptions`.
         reads: Of the options in `MethodOptions` those that belong to single methods and that this
-            one reads. All methods may have `damping`, because the steps after a method read it too.
+            one reads. What a Gram matrix serves reads `damping`, also a step after a method; any
+            other method that reads it names it here.
         groups: Which groups of unstructured sparsity it supports; empty for all.
         n_of_m: Whether it has an N:M form.
         why: Why it does not support the others, as the end of a sentence.
@@ -88,9 +89,7 @@ class Method:
 
         >>> METHODS["wanda"].read_options(MethodOptions(), {"power": 1})
         Traceback (most recent call last):
-        ValueError: method wanda: unknown option 'power'; known are damping, dense_weight, \
-iterations, weight_update, keep_zeros, ria_power, masks, mask_from, mask_order, \
-block_size; did you mean ria_power?
+        ValueError: method wanda: unknown option 'power'; did you mean ria_power?
         """
         given = {name: getattr(shared, name) for name in shared.model_fields_set}
         names = {*MethodOptions.model_fields}
@@ -309,6 +308,13 @@ def check_options(
         raise ValueError(
             f"{method.name} does not support the group {pattern.group}: {method.why}. "
             f"Use group {supported}, or another method"
+        )
+    reads_damping = method.needs == "gram" or "damping" in method.reads
+    if options.damping is not None and options.weight_update == "none" and not reads_damping:
+        readers = ", ".join(other.name for other in _ALL if other.needs == "gram")
+        raise ValueError(
+            f"{method.name} inverts no Gram matrix, so it does not read damping: drop it, choose "
+            f"a method that does ({readers}), or set weight_update to least-squares"
         )
     fixed = not method.updates_weights and options.weight_update == "none"
     if options.dense_weight != 0 and fixed:

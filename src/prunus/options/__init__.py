@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from prunus.hardware.words import did_you_mean, reason
+from prunus.hardware.words import did_you_mean, known, reason
 from prunus.model.checkpoint.files import read_limited
 
 if TYPE_CHECKING:
@@ -208,10 +208,9 @@ def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
     faults = [_explain_one(error, kind) for error in fault.errors()]
     # The list of the known options is long: once is enough.
     for index in reversed(range(1, len(faults))):
-        message, _, list_and_hint = faults[index].partition("; known are ")
-        names, mark, hint = list_and_hint.partition("; did you mean")
-        if names and any(f"; known are {names}" in earlier for earlier in faults[:index]):
-            faults[index] = message + mark + hint
+        message, mark, names = faults[index].partition("; known are ")
+        if mark and any(earlier.endswith(mark + names) for earlier in faults[:index]):
+            faults[index] = message
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
@@ -228,10 +227,7 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
             inner = getattr(fields.get(str(part)), "annotation", None)
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 fields = inner.model_fields
-        return (
-            f"unknown option {name!r}; known are {', '.join(fields)}"
-            f"{did_you_mean(error['loc'][-1], fields)}"
-        )
+        return f"unknown option {name!r}{known(error['loc'][-1], fields)}"
     message = words(error)
     if error["type"] == "value_error":
         table = ".".join(str(part) for part in error["loc"][:-1])

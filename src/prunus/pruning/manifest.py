@@ -49,10 +49,13 @@ class Manifest(LinearsRecord):
             return "given"
         return recipe.pattern if recipe.n_of_m else f"{self.asked_sparsity:.0%} unstructured"
 
+    def misses(self, reached: float) -> bool:
+        """Whether people would see that this sparsity is not the one that was asked for."""
+        return self.recipe.masks is None and abs(reached - self.asked_sparsity) >= _SAME_SPARSITY
+
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.asked_sparsity, totals["sparsity"]
-        as_asked = self.recipe.masks is not None or abs(reached - asked) < _SAME_SPARSITY
-        if self.state != "finished" or as_asked:
+        if self.state != "finished" or not self.misses(reached):
             return lines
         if reached < asked:
             why = "a share of the weights that compete is rounded down to a whole number"

@@ -242,8 +242,11 @@ def headline(
 def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, str]]:
     """How sparse the result is, and how small."""
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
+    sparsity = f"{totals['sparsity']:.2%}"
+    if isinstance(manifest, Manifest) and manifest.misses(totals["sparsity"]):
+        sparsity += f" (asked for: {manifest.asked_sparsity:.2%})"
     if not isinstance(manifest, CompressionRecord):
-        return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
+        return [("sparsity reached", sparsity), ("weights removed", counts)]
     reached, size, recipe = totals.get("bits"), manifest.size, manifest.recipe
     bits = "not known yet" if reached is None else f"{reached:.3f}"
     asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
@@ -257,7 +260,7 @@ def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, s
             ]
         ),
         ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
-        ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
+        ("zeros", f"{sparsity}: {counts}"),
     ]
 
 

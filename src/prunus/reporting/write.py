@@ -47,7 +47,8 @@ def report(
 
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
-            `prunus eval --json`; one or several.
+            `prunus eval --json`; one or several. Cells of a sweep that have no record yet are left
+            out and named, unless there is nothing else.
         output: Where to write the report: a page (.html), Markdown (.md), a table of all figures
             (.csv), tables for a paper (.tex), or its charts as a figure (.svg, .png, .pdf). None
             writes nothing.
@@ -70,12 +71,17 @@ def report(
             *others, last = _WRITERS
             raise ValueError(f"output {file}: the name must end in {', '.join(others)} or {last}")
         check_place(file)
+    without = [path for path in input_paths if _is_cell_without_record(path)]
+    shown = [path for path in input_paths if path not in without] or input_paths
     # Stable: both keep the order in which they were given.
-    results = sorted(((path, _read_result(path)) for path in input_paths), key=_is_run)
+    results = sorted(((path, _read_result(path)) for path in shown), key=_is_run)
     runs = {str(path): run for path, run in results if isinstance(run, LinearsRecord)}
     sections = [_section(path, result, len(runs) > 1) for path, result in results]
     if len(runs) > 1:
         sections.insert(len(results) - sum(map(_is_run, results)), runs_section(runs))
+    if without:
+        names = ", ".join(path.name for path in without)
+        sections.append(Section("Left out", f"No record of a pruned model is there yet: {names}."))
     document = Document(title or sections[0].title, tuple(sections))
     if file is not None:
         content = _WRITERS[file.suffix](document)
@@ -85,6 +91,12 @@ def report(
             is_text = isinstance(content, str)
             written.write(content.encode("utf-8", "backslashreplace") if is_text else content)
     return document
+
+
+def _is_cell_without_record(path: Path) -> bool:
+    """Whether a path is the folder of a cell of a sweep that is not pruned yet, or a recovery."""
+    in_sweep = (path.resolve().parent.parent / SweepResults.FILE).exists()
+    return in_sweep and path.is_dir() and not (path / Manifest.FILE).exists()
 
 
 def _is_run(result: tuple[Path, Any]) -> bool:

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
+from prunus.hardware.words import known
 from prunus.methods.table import METHODS
 from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
@@ -184,17 +185,17 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     >>> list(_combinations("grid 1", {"method": ["wanda", "obs"], "sparsity": "2:4"}))
     [{'method': 'wanda', 'pattern': '2:4'}, {'method': 'obs', 'pattern': '2:4'}]
     """
-    options = [*Recipe.model_fields, "recovery"]
     methods = table.get("method", [])
     # Options of a method of one's own are known when its file is loaded.
     has_own = not {*(methods if isinstance(methods, list) else [methods])} <= METHODS.keys()
     hints = {"pattern": 'patterns belong to sparsity: sparsity = [0.5, "2:4"]'}
     # In a grid, a list holds the values that an option has in turn.
     hints |= dict.fromkeys(Recipe.lists(), "it belongs to [recipe]")
+    options = [name for name in (*Recipe.model_fields, "recovery") if name not in hints]
     for key, value in table.items():
-        if (key not in options and not has_own) or key in hints:
-            names = ", ".join(name for name in options if name not in hints)
-            raise ValueError(f"{where} cannot vary {key!r}: {hints.get(key, f'known are {names}')}")
+        if key in hints or (key not in options and not has_own):
+            why = f": {hints[key]}" if key in hints else known(key, options)
+            raise ValueError(f"{where} cannot vary {key!r}{why}")
         if value == []:
             raise ValueError(f"{where}: {key} is an empty list; give at least one value")
     axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
