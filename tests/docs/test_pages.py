@@ -204,6 +204,18 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
     assert not re.findall(r"\d+\.\d+|\d+ (?:[MG]B|%|times)", other)
 
 
+def test_the_first_command_of_the_readme_and_what_it_prints_are_those_of_a_run(plots):
+    run = plots.read("readme")
+    first, shown, *_ = (block.text for block in blocks(REPOSITORY / "README.md"))
+    size, before = (run["size"][name] / 1e6 for name in ("after", "before"))
+    assert run["command"] in first
+    assert " ".join(shown.split()).startswith(
+        f"The file takes {size:.1f} MB, and took {before:.1f} MB before: "
+        f"{run['size']['bits_per_parameter']:.2f} bits per parameter of the file, "
+        f"{run['bits_of_linears']:.3f} bits per weight of the linears."
+    )
+
+
 def test_committed_figures_name_no_paths():
     for path in (REPOSITORY / "docs" / "results").glob("*.json"):
         assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path.name

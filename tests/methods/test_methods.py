@@ -519,32 +519,29 @@ def test_default_groups_are_those_of_the_paper():
 def test_every_declared_option_exists_and_defaults_fit_every_method():
     for name, method in METHODS.items():
         assert set(method.reads) <= set(MethodOptions.model_fields), name
-        check_options(method, Pattern(group=method.default_group), 0.5)
+        check_options(method, Pattern(group=method.default_group))
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern", "sparsity", "options", "message"),
+    ("name", "pattern", "options", "message"),
     [
-        ("wanda", Pattern(), 1.0, {}, "sparsity is 1.0"),
-        ("wanda", Pattern(), -0.1, {}, "sparsity is -0.1"),
-        ("wanda", Pattern(), float("nan"), {}, "sparsity is nan"),
-        ("wanda-variant", Pattern(2, 4), 0.5, {}, "no 2:4 form: each row.*Use another method"),
-        ("wanda-variant", Pattern(group="layer"), 0.5, {}, "the group layer.*Use group row"),
-        ("sparsegpt", Pattern(group="column"), 0.5, {}, "the group column.*block or block-row"),
-        ("sparsegpt", Pattern(group=4), 0.5, {}, "the group 4.*block or block-row"),
-        ("obs", Pattern(group="column"), 0.5, BLOCKWISE, "the group column.*block or block-row"),
-        ("wanda", Pattern(), 0.5, {"dense_weight": 0.5}, "wanda keeps its weights as they are"),
-        ("wanda", Pattern(), 0.5, {"damping": 0.1}, r"not read damping: drop it, .*\(sparsegpt, "),
-        ("mask", Pattern(), 0.5, {"damping": 0.1}, "mask inverts no Gram matrix"),
-        ("alps", Pattern(), 0.5, {"ria_power": 1.0}, "belongs to method ria, not to alps: drop"),
-        ("wanda", Pattern(), 0.5, {"iterations": 7}, "belongs to method alps, not to wanda"),
-        ("sparsegpt", Pattern(), 0.5, {"mask_from": "magnitude"}, "belongs to method obs"),
-        ("sparsegpt", Pattern(), 0.5, BLOCKWISE, "belongs to method obs, not to sparsegpt"),
+        ("wanda-variant", Pattern(2, 4), {}, "no 2:4 form: each row.*Use another method"),
+        ("wanda-variant", Pattern(group="layer"), {}, "the group layer.*Use group row"),
+        ("sparsegpt", Pattern(group="column"), {}, "the group column.*block or block-row"),
+        ("sparsegpt", Pattern(group=4), {}, "the group 4.*block or block-row"),
+        ("obs", Pattern(group="column"), BLOCKWISE, "the group column.*block or block-row"),
+        ("wanda", Pattern(), {"dense_weight": 0.5}, "wanda keeps its weights as they are"),
+        ("wanda", Pattern(), {"damping": 0.1}, r"not read damping: drop it, .*\(sparsegpt, "),
+        ("mask", Pattern(), {"damping": 0.1}, "mask inverts no Gram matrix"),
+        ("alps", Pattern(), {"ria_power": 1.0}, "belongs to method ria, not to alps: drop"),
+        ("wanda", Pattern(), {"iterations": 7}, "belongs to method alps, not to wanda"),
+        ("sparsegpt", Pattern(), {"mask_from": "magnitude"}, "belongs to method obs"),
+        ("sparsegpt", Pattern(), BLOCKWISE, "belongs to method obs, not to sparsegpt"),
     ],
 )
-def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):
+def test_what_does_not_go_together_is_refused(name, pattern, options, message):
     with pytest.raises(ValueError, match=message):
-        check_options(METHODS[name], pattern, sparsity, MethodOptions(**options))
+        check_options(METHODS[name], pattern, MethodOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +559,7 @@ def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, 
     ],
 )
 def test_what_goes_together_passes(name, pattern, options):
-    check_options(METHODS[name], pattern, 0.5, MethodOptions(**options))
+    check_options(METHODS[name], pattern, MethodOptions(**options))
 
 
 @pytest.mark.parametrize(

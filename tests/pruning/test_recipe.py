@@ -80,6 +80,8 @@ def test_a_pattern_fixes_the_sparsity():
     assert Recipe(pattern="1:4").sparsity == 0.75
     assert Recipe(pattern="1:4", sparsity=0.75).n_of_m == (1, 4)
     assert Recipe(pattern="4:4").sparsity == 0
+    for text in ("", "2", "2:", "2:4:8", "-2:4", "2.0:4", "half", " 2:4", "2:4\n", "5:4", "0:0"):
+        assert_refused(ValueError, "pattern", Recipe, pattern=text)
     with pytest.raises(ValueError, match=r"pattern 1:4 already fixes the sparsity at 0\.75; got"):
         Recipe(pattern="1:4", sparsity=0.5)
 

@@ -29,7 +29,7 @@ SELECTION = "Allocation and selection"
 # How a sparsity by hand is written.
 _SHARE_FORM = "GLOB=SHARE, such as '*.mlp.*=0.6'"
 # N:M, such as 2:4.
-_PATTERN = re.compile(r"^(\d+):(\d+)$")
+_PATTERN = re.compile(r"^([0-9]+):([0-9]+)\Z")
 # The options of prune that decide what given masks decide.
 _CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order", "head")
 

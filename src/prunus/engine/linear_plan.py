@@ -498,8 +498,9 @@ def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[
     group = recipe.group
     if group is None:
         group = published.with_options(options).default_group
-    pattern = Pattern.parse(recipe.pattern, group, options.block_size)
-    check_options(published, pattern, recipe.sparsity, options)
+    n, m = recipe.n_of_m or (None, None)
+    pattern = Pattern(n, m, group, options.block_size)
+    check_options(published, pattern, options)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     in_order = recipe.training.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)

@@ -10,7 +10,6 @@ competitors in a group, D dropped weights of a group, K positions of tied scores
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -68,8 +67,8 @@ class Pattern:
     Raises:
         ValueError: One of `n` and `m` is missing, `n` is not in 0..m, or the group is unknown.
 
-    >>> str(Pattern(2, 4)), Pattern(2, 4).sparsity
-    ('2:4', 0.5)
+    >>> str(Pattern(2, 4)), Pattern(2, 4).is_unstructured
+    ('2:4', False)
     """
 
     n: int | None = None
@@ -94,42 +93,10 @@ class Pattern:
                 f"give {', '.join(GROUPS)}, or how many rows compete together"
             )
 
-    @classmethod
-    def parse(cls, text: str, group: str | int = "row", block_size: int = BLOCK_SIZE) -> Pattern:
-        """Read "2:4" (any N:M) or "unstructured"; `group` may be a number written as text.
-
-        Raises:
-            ValueError: The text is neither, or the numbers or the group are impossible.
-
-        >>> Pattern.parse("unstructured", "16")
-        Pattern(n=None, m=None, group=16, block_size=128)
-        """
-        if isinstance(group, str) and group.isascii() and group.isdigit():
-            group = int(group)
-        if text == "unstructured":
-            return cls(group=group, block_size=block_size)
-        match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
-        if match is None:
-            raise ValueError(
-                f"the pattern {text!r} is unknown: give N:M, such as 2:4, or unstructured"
-            )
-        return cls(int(match[1]), int(match[2]), group, block_size)
-
     @property
     def is_unstructured(self) -> bool:
         """True where a sparsity says how many weights are removed, False for N:M."""
         return self.n is None
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of weights that N:M removes, `1 - n/m`.
-
-        Raises:
-            ValueError: The pattern is unstructured: its sparsity is chosen apart from it.
-        """
-        if self.n is None or self.m is None:
-            raise ValueError("an unstructured pattern implies no sparsity: it must be given")
-        return 1 - self.n / self.m
 
     def check_sparsity(self, sparsity: float) -> None:
         """Check the share of weights to remove; N:M implies its own and ignores it.

@@ -278,27 +278,24 @@ def check_owners(method: Method, options: MethodOptions) -> None:
 def check_options(
     method: Method,
     pattern: Pattern,
-    sparsity: float,
     options: MethodOptions | None = None,
 ) -> None:
-    """Check that a method supports a pattern, a sparsity and its options, before any work is done.
+    """Check that a method supports a pattern and its options, before any work is done.
 
     `patterns.check_shape` checks for each linear whether an N:M pattern fits its width.
 
     Args:
         method: A method as it is in the table, without `with_options`.
         pattern: Which weights compete.
-        sparsity: The share to remove; N:M ignores it.
         options: The options of the method and of the steps after it; None for their defaults.
 
     Raises:
         ValueError: Two choices exclude each other; the message says what to choose instead.
 
     >>> from prunus.methods.patterns import Pattern
-    >>> check_options(METHODS["wanda"], Pattern(), 0.5)
+    >>> check_options(METHODS["wanda"], Pattern())
     """
     options = options or MethodOptions()
-    pattern.check_sparsity(sparsity)
     check_owners(method, options)
     method = method.with_options(options)
     if not pattern.is_unstructured and not method.n_of_m:
