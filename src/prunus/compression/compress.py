@@ -58,10 +58,7 @@ def compress(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
     options["bits"] = bits
-    record: CompressionRecord = called(
-        Compression, model, output, recipe, options, calibration, progress, announce
-    )
-    return record
+    return called(Compression, model, output, recipe, options, calibration, progress, announce)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_serializer, model_validator
 
 from prunus.engine.run_options import WindowOptions
 from prunus.hardware.words import naming
@@ -343,16 +343,10 @@ class PruningOptions(MethodOptions, LinearOptions):
             options.pop("sparsity", None)  # This recipe's own pattern implied it.
         return options
 
-    @field_validator("method")
+    @field_validator("method", "allocation")
     @classmethod
-    def _known_method(cls, value: str) -> str:
-        METHOD_NAMES.check(value)
-        return value
-
-    @field_validator("allocation")
-    @classmethod
-    def _known_allocation(cls, value: str) -> str:
-        ALLOCATION_NAMES.check(value)
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        (METHOD_NAMES if info.field_name == "method" else ALLOCATION_NAMES).check(value)
         return value
 
     @field_validator("group", mode="before")
@@ -360,28 +354,23 @@ class PruningOptions(MethodOptions, LinearOptions):
     def _known_group(cls, value: str | int | None) -> str | int | None:
         if isinstance(value, str) and value.isdigit():
             value = int(value)
-        if value is None or value in ("row", "layer", "column", "block", "block-row"):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-            return value
-        raise ValueError(
-            "group must be row, layer, column, block, block-row or a number of rows (1 or more); "
-            f"got {value!r}"
-        )
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not is_count and value not in (None, "row", "layer", "column", "block", "block-row"):
+            raise ValueError(
+                "group must be row, layer, column, block, block-row or a number of rows (1 or "
+                f"more); got {value!r}"
+            )
+        return value
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        if value == "unstructured":
-            return value
         match = _PATTERN.match(value)
-        if not match:
+        is_n_of_m = match is not None and 1 <= int(match[1]) <= int(match[2])
+        if value != "unstructured" and not is_n_of_m:
             raise ValueError(
-                f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}{percent(value)}"
-            )
-        if not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(
-                f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}"
+                "pattern must be 'unstructured' or N:M such as 2:4, which keeps N of every M "
+                f"weights, 1 <= N <= M; got {value!r}{percent(value)}"
             )
         return value
 

@@ -179,7 +179,7 @@ def planned(command: Command[_Plan, Any]) -> _Plan:
 
 
 def called(
-    kind: type[Command[Any, Any]],
+    kind: type[Command[Any, _Record]],
     model: Any,
     output: str | Path | None,
     recipe: Any,
@@ -187,7 +187,7 @@ def called(
     calibration: Any,
     progress: Callable[..., None] | bool | None,
     announce: Callable[[Any], None] | None,
-) -> Any:
+) -> _Record:
     """Carry out a command that a function of Python was called for, and show its progress.
 
     Args:

@@ -79,10 +79,7 @@ def prune(
         options["own_allocation"] = own
         options["allocation"] = f"{GIVEN}{getattr(own, '__name__', type(own).__name__)}"
     options |= {"method": method, "sparsity": sparsity}
-    record: Manifest = called(
-        Pruning, model, output, recipe, options, calibration, progress, announce
-    )
-    return record
+    return called(Pruning, model, output, recipe, options, calibration, progress, announce)
 
 
 class PlainTensors(Storage):

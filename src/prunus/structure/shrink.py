@@ -67,10 +67,7 @@ def shrink(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    record: StructureRecord = called(
-        Shrinking, model, output, recipe, options, calibration, progress, announce
-    )
-    return record
+    return called(Shrinking, model, output, recipe, options, calibration, progress, announce)
 
 
 class Shrinking(WindowsCommand[StructurePlan, StructureRecord]):
