@@ -21,34 +21,24 @@ Shape suffixes: N spans, C columns of a span, V candidates, O outputs (rows), I 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Spans, over
 
-# The spans that are looked at first, at equal distances, and those that are looked at together.
-_SAMPLED, _TOGETHER = 64, 2**12
-# Weights are at most this number of h from the values. The first finds exact scales. Beyond that,
-# scales of the source may have been of a wider dtype than the type has.
+# The spans, at equal distances, that must lie on the lattice before all others are looked at.
+_SAMPLES = (1, 16)
+# Spans that are looked at together.
+_TOGETHER = 2**12
+# Weights are at most this number of h from the values. The first finds the values exactly; then
+# come scales that the source had in a wider dtype than the type has.
 _SLACKS = (1, 2)
+# A share of h: by how much less than h the error of a number is that was rounded to an odd one.
+_LITTLE = 2.0**-10
 # A level is known if the errors of the weight and of d are less than this part of a step.
 _SURE = 0.45
-# Whether a round counts only the levels that are known in spite of the error of d. With few values
-# all of them are known, and the last round is enough.
-_ROUNDS, _FEW = (True, True, False), 64
-# A share of h, by which a number that is nearest to an odd one is nearer than h.
-_LITTLE = 2.0**-10
-
-
-class _Fit(NamedTuple):
-    """The lattices of candidates: which fit, d, the offset −dmin (V, N), and levels (V, N, C)."""
-
-    fits: Tensor
-    d: Tensor
-    base: Tensor
-    levels: Tensor
+# With fewer values than these, every level is known from the first d.
+_FEW = 64
 
 
 def on_lattice(weight_OI: Tensor, quantizer: GroupQuantizer) -> GroupedWeight | None:
@@ -74,68 +64,81 @@ def on_lattice(weight_OI: Tensor, quantizer: GroupQuantizer) -> GroupedWeight | 
     """
     if quantizer.codes != (1, 1) or quantizer.unit > 1 or weight_OI.shape[1] % quantizer.span:
         return None
-    if order := list(quantizer.columns):
-        weight_OI = weight_OI[:, order]
-    weight_NC = weight_OI.reshape(-1, quantizer.span)
-    some = torch.linspace(0, len(weight_NC) - 1, min(_SAMPLED, len(weight_NC))).long()
-    few_NC = weight_NC[some]
-    fullest = few_NC[few_NC.count_nonzero(1).argmax(), None]
-    candidates, slack = _candidates(quantizer, dtype := _exact_dtype(fullest)), _SLACKS[-1]
-    if not bool(_fit(fullest, candidates, quantizer, dtype, slack).fits.any()):
-        return None
-    if _spans(few_NC, quantizer, _exact_dtype(few_NC)) is None:
-        return None
-    dtype, parts = _exact_dtype(weight_NC), []
+    order = list(quantizer.columns)
+    stored_OI = (weight_OI[:, order] if order else weight_OI).cpu()
+    weight_NC = stored_OI.reshape(-1, quantizer.span)
+    far = _farthest(quantizer)
+    for count in _SAMPLES:
+        some_NC = weight_NC[torch.linspace(0, len(weight_NC) - 1, count).long()]
+        dtype = _exact_dtype(some_NC)
+        fits_VN, *_ = _fit(
+            some_NC, _candidates(far, quantizer, dtype), quantizer, dtype, _SLACKS[-1]
+        )
+        if not bool(fits_VN.any(0).all()):
+            return None
+    # The values that fit most of the few spans come first.
+    hits = fits_VN.view(len(far), -1, count).any(1).sum(1)
+    far = [far[x] for x in hits.argsort(descending=True, stable=True)]
+    dtype = _exact_dtype(weight_NC)
+    candidates_V3 = _candidates(far, quantizer, dtype)
+    parts = []
     for part_NC in weight_NC.split(_TOGETHER):
-        if (spans := _spans(part_NC, quantizer, dtype)) is None:
+        if (spans := _spans(part_NC, candidates_V3, quantizer, dtype)) is None:
             return None
         parts.append(quantizer.pack(spans))
-    return GroupedWeight(quantizer, torch.cat(parts).view(len(weight_OI), -1))
+    data_OB = torch.cat(parts).view(len(weight_OI), -1)
+    return GroupedWeight(quantizer, data_OB.to(weight_OI.device))
 
 
 def _exact_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the fewest bits in which all numbers of a weight are exact."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(weight.to(dtype).float(), weight.float()):
-            return dtype
-    return torch.float32
+    dtypes = (torch.bfloat16, torch.float16)
+    exact = (x for x in dtypes if torch.equal(weight.to(x).float(), weight.float()))
+    return next(exact, torch.float32)
 
 
-def _candidates(quantizer: GroupQuantizer, dtype: torch.dtype) -> Tensor:
-    """For each candidate (V, 3), the likely ones first:
+def _farthest(quantizer: GroupQuantizer) -> list[float]:
+    """The values that the weight which is farthest from value 0 can have, the largest first."""
+    # Half the step and twice the value are the same, so integers from half the largest on will do.
+    least = quantizer.values[-1] / 2 if quantizer.is_even else 0
+    is_symmetric = quantizer.values[0] == -quantizer.values[-1]
+    # Both signs of d are the same lattice if values are symmetric.
+    far = {abs(x) if is_symmetric else x for x in quantizer.values if abs(x) > least}
+    return sorted(far, key=lambda x: (-abs(x), x))
+
+
+def _candidates(far: list[float], quantizer: GroupQuantizer, dtype: torch.dtype) -> Tensor:
+    """For each candidate (V, 3), those of the first value first:
 
     - the value of the weight that is farthest from 0, or from the end of the span with value 0;
     - whether that end is the upper one;
     - how many numbers of the dtype of scales lie between that weight and the offset.
     """
-    values = quantizer.values
     if not quantizer.has_minimum:
-        # Both signs of d are the same lattice if values are symmetric.
-        sides = values[len(values) // 2 :] if values[0] == -values[-1] else values
-        far = sorted(filter(None, sides), key=abs, reverse=True)
         return torch.tensor([(value, 0, 0) for value in far])
-    reach = int(torch.finfo(dtype).eps / torch.finfo(quantizer.dtype).eps / 2)
+    reach = int(torch.finfo(dtype).eps / torch.finfo(quantizer.dtype).eps)
     # Below a power of two, numbers are half as far apart.
-    shifts = sorted(
-        (x / 2 for x in range(-2 * reach, 2 * reach + 1)), key=lambda x: (x % 1, abs(x))
-    )
-    rows = [(v, upper, shift) for v in values[:0:-1] for upper in (0, 1) for shift in shifts]
-    return torch.tensor(rows)
+    shifts = sorted((x / 2 for x in range(-reach, reach + 1)), key=lambda x: (x % 1, abs(x)))
+    return torch.tensor([(x, upper, shift) for x in far for upper in (0, 1) for shift in shifts])
 
 
-def _spans(weight_NC: Tensor, quantizer: GroupQuantizer, dtype: torch.dtype) -> Spans | None:
+def _spans(
+    weight_NC: Tensor, candidates_V3: Tensor, quantizer: GroupQuantizer, dtype: torch.dtype
+) -> Spans | None:
     """The lattice of each span; None if one of them has none."""
     d_N, base_N = torch.zeros(2, len(weight_NC))
-    levels_NC = torch.zeros(weight_NC.shape, dtype=torch.uint8)
-    left = torch.arange(len(weight_NC))
+    levels_NC, left = torch.zeros_like(weight_NC, dtype=torch.uint8), torch.arange(len(weight_NC))
     for slack in _SLACKS:
-        for candidate in _candidates(quantizer, dtype):
-            fit = _fit(weight_NC[left], candidate[None], quantizer, dtype, slack)
-            fits = fit.fits[0]
-            found = left[fits]
-            d_N[found], base_N[found] = fit.d[0, fits], fit.base[0, fits]
-            levels_NC[found] = fit.levels[0, fits].to(torch.uint8)
-            if not len(left := left[~fits]):
+        for candidate_13 in candidates_V3.split(1):
+            # With one candidate.
+            (fits_N,), (d_L,), (base_L,), (levels_LC,) = _fit(
+                weight_NC[left], candidate_13, quantizer, dtype, slack
+            )
+            found = left[fits_N]
+            d_N[found], base_N[found] = d_L[fits_N], base_L[fits_N]
+            levels_NC[found] = levels_LC[fits_N].to(torch.uint8)
+            left = left[~fits_N]
+            if not len(left):
                 one_N1 = torch.ones(len(d_N), 1)
                 return Spans(d_N, -base_N, one_N1, one_N1, levels_NC)
     return None
@@ -147,8 +150,8 @@ def _fit(
     quantizer: GroupQuantizer,
     dtype: torch.dtype,
     slack: float,
-) -> _Fit:
-    """The lattice of each candidate that is nearest to each span, and whether it is near enough.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lattice of each candidate that is nearest to each span.
 
     Args:
         weight_NC: Spans of a weight.
@@ -156,57 +159,55 @@ def _fit(
         quantizer: The type.
         dtype: The dtype to which the values were rounded.
         slack: How many h weights can be from the values.
+
+    Returns:
+        Whether the lattice fits, d, and −dmin, all (V, N), and the levels (V, N, C).
     """
     weight_NC = weight_NC.to(torch.float64 if dtype == torch.float32 else torch.float32)
-    below_NC, above_NC = _neighbourhood(weight_NC, dtype, slack)
     value_V1, upper_V1, shift_V1 = candidates_V3.T.to(weight_NC.dtype)[..., None]
-    lowest_N, highest_N = weight_NC.amin(1), weight_NC.amax(1)
+    lowest_N, highest_N = weight_NC.aminmax(dim=1)
     if quantizer.has_minimum:
         edge_VN = torch.where(upper_V1 > 0, highest_N, lowest_N)
         far_VN = lowest_N + highest_N - edge_VN
-        shift_VN = 2 * shift_V1 * _half_distance(edge_VN, quantizer.dtype)
-        base_VN = quantizer.stored(edge_VN + shift_VN)
-        error_VN = slack * (_half_distance(edge_VN, dtype) + _half_distance(far_VN, dtype))
+        base_VN = quantizer.stored(edge_VN + 2 * shift_V1 * _half(edge_VN, quantizer.dtype))
+        error_VN = _half(edge_VN, dtype) + _half(far_VN, dtype)
     else:
-        far_VN = torch.where(highest_N > -lowest_N, highest_N, lowest_N).expand(len(value_V1), -1)
-        far_VN = far_VN.abs() if quantizer.values[0] == -quantizer.values[-1] else far_VN
-        base_VN = torch.zeros(far_VN.shape)
-        error_VN = slack * _half_distance(far_VN, dtype)
-    base_VN1 = base_VN[..., None]
-    below_VNC, above_VNC = below_NC - base_VN1, above_NC - base_VN1
-    moved_VNC = weight_NC - base_VN1
-    d_VN = over(far_VN - base_VN, value_V1)
-    doubt_VN = error_VN / value_V1.abs()
-    for narrows in _ROUNDS[2 * (len(quantizer.values) < _FEW) :]:
+        far_N = torch.where(highest_N > -lowest_N, highest_N, lowest_N)
+        far_N = far_N.abs() if quantizer.values[0] == -quantizer.values[-1] else far_N
+        base_VN = torch.zeros(len(value_V1), len(far_N))
+        far_VN, error_VN = far_N, _half(far_N, dtype)
+    low_NC, high_NC = _rounded_to(weight_NC, dtype, slack)
+    low_VNC, moved_VNC, high_VNC = (x - base_VN[..., None] for x in (low_NC, weight_NC, high_NC))
+    d_VN, doubt_VN = over(far_VN - base_VN, value_V1), slack * error_VN / value_V1.abs()
+    for narrows in (True, True, False) if len(quantizer.values) >= _FEW else (False,):
         value_VNC, levels_VNC = quantizer.nearest(over(moved_VNC, d_VN[..., None]))
-        first_VNC, second_VNC = below_VNC / value_VNC, above_VNC / value_VNC
+        ends = torch.stack([low_VNC / value_VNC, high_VNC / value_VNC])
         counts = value_VNC != 0
         if narrows:
-            error_VNC = above_VNC - moved_VNC + value_VNC.abs() * doubt_VN[..., None]
+            error_VNC = high_VNC - moved_VNC + value_VNC.abs() * doubt_VN[..., None]
             counts &= error_VNC < _SURE * d_VN[..., None].abs()
-        low_VN = torch.minimum(first_VNC, second_VNC).where(counts, -torch.inf).amax(-1)
-        high_VN = torch.maximum(first_VNC, second_VNC).where(counts, torch.inf).amin(-1)
-        d_VN = quantizer.stored(((low_VN + high_VN) / 2).nan_to_num_(0, 0, 0))
-        doubt_VN = (high_VN - low_VN) / 2
-    fits_VN = (low_VN <= d_VN) & (d_VN <= high_VN)
-    fits_VN &= ((value_VNC != 0) | (below_VNC <= 0) & (above_VNC >= 0)).all(-1)
-    return _Fit(fits_VN, d_VN, base_VN, levels_VNC)
+        least_VN = ends.amin(0).where(counts, -torch.inf).amax(-1)
+        most_VN = ends.amax(0).where(counts, torch.inf).amin(-1)
+        d_VN = quantizer.stored(((least_VN + most_VN) / 2).nan_to_num_(0, 0, 0))
+        doubt_VN = (most_VN - least_VN) / 2
+    fits_VN = (least_VN <= d_VN) & (d_VN <= most_VN)
+    fits_VN &= ((value_VNC != 0) | (low_VNC <= 0) & (high_VNC >= 0)).all(-1)
+    return fits_VN, d_VN, base_VN, levels_VNC
 
 
-def _neighbourhood(weight: Tensor, dtype: torch.dtype, slack: float) -> tuple[Tensor, Tensor]:
-    """The least and the largest number that a dtype rounds to each weight, or to one near it."""
-    bits = weight.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
-    # A number in the middle between two is rounded to the even one.
-    away = (slack - _LITTLE * (bits & 1)) * _half_distance(weight, dtype)
-    # Towards 0, the next number below a power of two is half as far away.
-    towards = torch.where(weight.frexp().mantissa.abs() == 0.5, away / 2, away)
-    is_positive = weight > 0
-    below = weight - torch.where(is_positive, towards, away)
-    return below, weight + torch.where(is_positive, away, towards)
-
-
-def _half_distance(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance of each number to the next larger one of a dtype; 0 for 0."""
+def _half(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance of each number to the next one of a dtype, away from 0; 0 for 0."""
     info = torch.finfo(dtype)
     half = (info.eps / 4) * torch.exp2(numbers.frexp().exponent.to(numbers.dtype))
     return half.clamp_min_(info.smallest_normal * info.eps / 2).where(numbers != 0, 0.0)
+
+
+def _rounded_to(weight: Tensor, dtype: torch.dtype, slack: float) -> tuple[Tensor, Tensor]:
+    """The least and the largest number that a dtype rounds to each weight; see `_SLACKS`."""
+    bits = weight.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
+    # A number in the middle between two is rounded to the even one.
+    away = (slack - _LITTLE * (bits & 1)) * _half(weight, dtype)
+    # Towards 0, the next number below a power of two is half as far away.
+    towards = torch.where(weight.frexp().mantissa.abs() == 0.5, away / 2, away)
+    up, down = torch.where(weight > 0, away, towards), torch.where(weight > 0, towards, away)
+    return weight - down, weight + up
