@@ -32,6 +32,7 @@ from prunus.hardware.words import naming
 from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
+from prunus.methods.lattice import lossless_type, on_lattice
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.tensor_files import Writable
 
@@ -149,6 +150,8 @@ def _rounded(
     """
     key, quantizer = plan.checkpoint.weight_key(name), choice.quantizers[name]
     weight_OI = plan.checkpoint.checkpoint.whole(key)
+    if (kept := on_lattice(weight_OI, quantizer)) is not None:
+        return kept
     with naming(key):
         if head is None:
             return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
@@ -258,6 +261,7 @@ def type_losses(
 ) -> Tensor:
     """The expected loss increase of each type (types,).
 
+    The smallest type whose values the weight has already loses nothing; see `methods/lattice.py`.
     The loss of an error e is half of Σ s_i E[e_i²], see `engine/loss_sensitivity.py`; the factor ½
     is the same for all types and left out. Coarse types lose more than this sum, because their
     errors depend on each other and on those of other linears; see `_COHERENCE`.
@@ -282,7 +286,8 @@ def type_losses(
     for quantizer in quantizers:
         loss = loss_of(rounded_rows(rows_RI, quantizer, importance_I).sub_(rows_RI))
         losses.append(loss / (1 - _COHERENCE * loss / all_lost).clamp_min(_LEAST_REST))
-    return torch.tensor(losses)
+    lossless = lossless_type(weight_OI, quantizers)
+    return torch.tensor(losses) * torch.tensor([x is not lossless for x in quantizers])
 
 
 def _sampled_rows(

@@ -109,6 +109,11 @@ class Storage:
     measures_loss: bool = False
     copies: int = 1
 
+    @property
+    def lossless(self) -> str:
+        """Which linears a type stores without a loss, for people; empty for none."""
+        return ""
+
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
         if isinstance(self.source, ModuleSource):
@@ -170,6 +175,7 @@ class LinearPlan(RunPlan):
         - `left_dense`: name of a weight that stays as it is -> its shape;
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
         - `rounded_before`: the same in words; empty where the weights lie on no grid;
+        - `lossless`: which linears have the values of a type of the result already, in words;
         - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
           rule by hand its sparsity and its numbers of linears and of weights.
         """
@@ -183,6 +189,7 @@ class LinearPlan(RunPlan):
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "grid_bits": self.grid_bits,
             "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
+            "lossless": self.storage.lossless,
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {

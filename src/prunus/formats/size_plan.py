@@ -28,10 +28,14 @@ from prunus.formats.compression_record import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.lattice import lossless_type
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+
+# The first rows of a weight that are read before a run, and as many of the last ones.
+_SAMPLED = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,20 @@ class Given:
         # exact in bfloat16 are exact in both.
         stored = self.source.weight_dtype(name)
         return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The first and the last rows of a weight, to see whether they lie on a lattice.
+
+        Of a piece of a fused tensor there are none.
+        """
+        checkpoint, key = self.source.checkpoint, self.source.weight_key(name)
+        if key not in checkpoint.tensors:
+            return torch.empty(0, 1)
+        info = checkpoint.tensors[key]
+        most = _SAMPLED * info.shape[-1] * info.dtype.itemsize
+        starts = sorted({0, max(0, info.nbytes - most)})
+        rows = [next(checkpoint.pieces(key, most, start)) for start in starts]
+        return torch.cat(rows).view(-1, info.shape[-1])
 
     def check_widths(self, names: Sequence[str], group: int) -> None:
         """Check that some weights consist of whole groups.
@@ -297,6 +315,21 @@ class SizePlan(Storage):
             bits_per_parameter=8 * after / self.parameters,
             parts=dict(parts.most_common()),
         )
+
+    @functools.cached_property
+    def lossless(self) -> str:
+        """Which linears have the values of a type already, for people; empty if none have.
+
+        A few rows of each say so. The run looks at all of them.
+        """
+        linears, shares, nbytes = self.given.linears, Counter[str](), 0
+        weights = {name: x for name, x in self.weights.items() if name in linears}
+        for name, weight in weights.items():
+            if kind := lossless_type(self.given.sample(name), weight.quantizers):
+                shares[kind.name] += math.prod(weight.shape)
+                nbytes += weight.nbytes[weight.quantizers.index(kind)]
+        parts = [f"{n / weights_in(weights):.0%} on {x}'s grid" for x, n in shares.most_common()]
+        return f"{', '.join(parts)}: {in_bytes(nbytes)} lose nothing" if parts else ""
 
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The size of the files and what takes it, and the bits if there is one number of them."""

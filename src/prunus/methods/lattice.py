@@ -21,6 +21,8 @@ Shape suffixes: N spans, C columns of a span, V candidates, O outputs (rows), I 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,17 @@ def on_lattice(weight_OI: Tensor, quantizer: GroupQuantizer) -> GroupedWeight | 
         parts.append(quantizer.pack(spans))
     data_OB = torch.cat(parts).view(len(weight_OI), -1)
     return GroupedWeight(quantizer, data_OB.to(weight_OI.device))
+
+
+def lossless_type(weight_OI: Tensor, quantizers: Iterable[GroupQuantizer]) -> GroupQuantizer | None:
+    """The smallest of some types whose values a weight has already; None if it has those of none.
+
+    Args:
+        weight_OI: A weight, or some of its rows, in any float dtype.
+        quantizers: The types.
+    """
+    by_size = sorted(quantizers, key=lambda x: x.bits)
+    return next((x for x in by_size if on_lattice(weight_OI, x) is not None), None)
 
 
 def _exact_dtype(weight: Tensor) -> torch.dtype:

@@ -38,6 +38,7 @@ from prunus.formats.size_plan import (
 from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.lattice import lossless_type
 from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
 from prunus.model.checkpoint.tensor_files import Checkpoint
 
@@ -187,6 +188,10 @@ def _weights(
         types: Sequence[GgufType] = (
             types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
         )
+        if kind is None:
+            # Types that the choice leaves out to ordinary weights, or at this width.
+            kept = lossless_type(given.sample(name), TYPES.values())
+            types = [*types, *(x for x in TYPES.values() if x is kept and x not in types)]
         types = [replace(x, columns=order) for x in types] if order else types
         used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
         share = used / tensor.shape[0] if used else 1.0
