@@ -84,7 +84,7 @@ def type_rounding(
             "the finished blocks: the file was changed since. Put it back as it was, or choose "
             "`overwrite` to start again"
         )
-    record.types = choice.types
+    record.types, record.unmatched = choice.types, dict(size_plan.unmatched)
     on_rank_0(lambda: _check_outside(size_plan, choice))
     if said := size_plan.said(choice):
         session.tell(said)
@@ -103,6 +103,7 @@ def type_rounding(
         """The tensors outside the blocks, with embedding and head in their types."""
         if head is not None and size_plan.head is not None:
             head.add_uncorrelated(choice.importances[size_plan.head] * head.tokens)
+        dense = {key: tensor for key, tensor in dense.items() if key not in size_plan.left_out}
         for name, keys in size_plan.outside.items():
             for key in keys:
                 del dense[key]
@@ -113,7 +114,8 @@ def type_rounding(
     # Errors of the head are corrected by its later columns, if they are measured: an embedding that
     # is tied to it has errors of its own, which must be known too.
     corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
-    return Rounding(round_as, encode, decode, outside if size_plan.outside else None, corrects)
+    changes = bool(size_plan.outside or size_plan.left_out)
+    return Rounding(round_as, encode, decode, outside if changes else None, corrects)
 
 
 def size_plan_of(plan: LinearPlan) -> SizePlan:

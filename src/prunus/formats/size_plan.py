@@ -157,7 +157,9 @@ class Given:
         sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
         return TypedWeight([name], tuple(shape), quantizers, sizes)
 
-    def shards(self, weights: Mapping[str, TypedWeight], encode: Encode) -> list[dict[str, Any]]:
+    def shards(
+        self, weights: Mapping[str, TypedWeight], encode: Encode, left_out: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
         """Each shard of a folder: name -> something with a shape and a dtype.
 
         What lies outside the blocks is first, then each block follows.
@@ -167,10 +169,12 @@ class Given:
         Args:
             weights: Module -> weight that has a type of its own.
             encode: `Codec.encode`.
+            left_out: See `SizePlan`.
         """
         source = self.source
         modules = {source.weight_key(name): name for name in weights}
         copies = {x for name, keys in self.outside.items() if name in weights for x in keys[1:]}
+        copies.update(left_out)
         outside = [key for key in source.outside_keys() if key not in copies]
         blocks = map(source.block_keys, range(len(self.skeleton)))
         shards: list[dict[str, Any]] = []
@@ -225,6 +229,8 @@ class SizePlan(Storage):
         configure: From the plan and the record to the content of config.json; None for none.
         speeds: Type -> nanoseconds per weight; empty if time does not matter.
         most_time: The most nanoseconds that all weights may take for each token.
+        left_out: Names of matrices of the checkpoint that the result lacks, because no program
+            reads them from it.
         lasting: What is known of the measurement before the run, which lasts with it.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the result;
             None if the choice of types decides it.
@@ -238,6 +244,7 @@ class SizePlan(Storage):
     configure: Callable[[SizePlan, Mapping[str, GroupQuantizer]], Mapping[str, object]] | None
     speeds: Mapping[str, float] = field(default_factory=dict)
     most_time: float = math.inf
+    left_out: Collection[str] = ()
     lasting: Measurement = field(default_factory=Measurement)
     tensors: Mapping[str, Any] | None = None
 
@@ -328,7 +335,9 @@ class SizePlan(Storage):
             if kind := lossless_type(self.given.sample(name), weight.quantizers):
                 shares[kind.name] += math.prod(weight.shape)
                 nbytes += weight.nbytes[weight.quantizers.index(kind)]
-        parts = [f"{n / weights_in(weights):.0%} on {x}'s grid" for x, n in shares.most_common()]
+        parts = [
+            f"{n / weights_in(weights):.0%} lie on {x}'s grid" for x, n in shares.most_common()
+        ]
         return f"{', '.join(parts)}: {in_bytes(nbytes)} lose nothing" if parts else ""
 
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
@@ -403,7 +412,7 @@ def folder_plan(
     """
     by_name = {weight.modules[0]: weight for weight in weights}
     # Headers are as long as those of the largest types.
-    shards = given.shards(by_name, encode)
+    shards = given.shards(by_name, encode, fields.get("left_out", ()))
     others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
     fields |= {"source": given.source, "selection": given.selection, "given": given}
     fields |= {"weights": by_name, "others": others}

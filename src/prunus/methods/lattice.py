@@ -148,7 +148,7 @@ def _spans(
                 weight_NC[left], candidate_13, quantizer, dtype, slack
             )
             found = left[fits_N]
-            d_N[found], base_N[found] = d_L[fits_N], base_L[fits_N]
+            d_N[found], base_N[found] = d_L[fits_N].float(), base_L[fits_N]
             levels_NC[found] = levels_LC[fits_N].to(torch.uint8)
             left = left[~fits_N]
             if not len(left):
@@ -183,15 +183,14 @@ def _fit(
         edge_VN = torch.where(upper_V1 > 0, highest_N, lowest_N)
         far_VN = lowest_N + highest_N - edge_VN
         base_VN = quantizer.stored(edge_VN + 2 * shift_V1 * _half(edge_VN, quantizer.dtype))
-        error_VN = _half(edge_VN, dtype) + _half(far_VN, dtype)
     else:
         far_N = torch.where(highest_N > -lowest_N, highest_N, lowest_N)
         far_N = far_N.abs() if quantizer.values[0] == -quantizer.values[-1] else far_N
         base_VN = torch.zeros(len(value_V1), len(far_N))
-        far_VN, error_VN = far_N, _half(far_N, dtype)
+        far_VN = far_N.expand_as(base_VN)
     low_NC, high_NC = _rounded_to(weight_NC, dtype, slack)
     low_VNC, moved_VNC, high_VNC = (x - base_VN[..., None] for x in (low_NC, weight_NC, high_NC))
-    d_VN, doubt_VN = over(far_VN - base_VN, value_V1), slack * error_VN / value_V1.abs()
+    d_VN, doubt_VN = over(far_VN - base_VN, value_V1), slack * _half(far_VN, dtype) / value_V1.abs()
     for narrows in (True, True, False) if len(quantizer.values) >= _FEW else (False,):
         value_VNC, levels_VNC = quantizer.nearest(over(moved_VNC, d_VN[..., None]))
         ends = torch.stack([low_VNC / value_VNC, high_VNC / value_VNC])
@@ -201,8 +200,8 @@ def _fit(
             counts &= error_VNC < _SURE * d_VN[..., None].abs()
         least_VN = ends.amin(0).where(counts, -torch.inf).amax(-1)
         most_VN = ends.amax(0).where(counts, torch.inf).amin(-1)
-        d_VN = quantizer.stored(((least_VN + most_VN) / 2).nan_to_num_(0, 0, 0))
-        doubt_VN = (most_VN - least_VN) / 2
+        middle_VN, doubt_VN = (least_VN + most_VN) / 2, (most_VN - least_VN) / 2
+        d_VN = torch.where(doubt_VN.isfinite(), quantizer.stored(middle_VN), d_VN)
     fits_VN = (least_VN <= d_VN) & (d_VN <= most_VN)
     fits_VN &= ((value_VNC != 0) | (low_VNC <= 0) & (high_VNC >= 0)).all(-1)
     return fits_VN, d_VN, base_VN, levels_VNC

@@ -144,6 +144,7 @@ class GgufCodec(Codec):
             configure=None,
             lasting=lasting,
             contents=contents,
+            unmatched=layout.unmatched,
             speeds=times,
         )
         if recipe.fast_on is not None:
@@ -255,8 +256,7 @@ class GgufPlan(SizePlan):
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         size = self.size(self.file_bytes(choice), parts).model_dump()
-        unmatched = self.contents.layout.unmatched
-        return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
+        return {"file": size, "decoding": self._speed(types)}
 
     def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
@@ -302,4 +302,3 @@ class GgufPlan(SizePlan):
         """Enter the size of the file, and what a template and the checkpoint do not share."""
         parts = self.contents.bytes_by_type(record.types)
         record.size = self.size(self.contents.file_bytes(record.types), parts)
-        record.unmatched = self.contents.layout.unmatched
