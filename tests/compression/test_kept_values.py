@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -16,6 +15,7 @@ import prunus
 from changes import edit_tensors
 from command_line import call
 from gguf_cases import compress, gguf_checkpoint
+from prunus.formats.gguf.codec import GgufCodec
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.result import read_record
 from tiny import stored, token_ids
@@ -44,7 +44,7 @@ def rounded_model(folder: Path, kind: str, ordinary: str = "") -> Path:
 
 def weights_in(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a file as a checkpoint."""
-    prunus.import_gguf(path, folder, progress=None)
+    GgufCodec.unpack(path, folder)
     return stored(folder)
 
 
@@ -129,7 +129,7 @@ def test_files_that_no_program_reads_them_from_lack_further_blocks_and_say_so(
         assert read_record(tmp_path / name).unmatched == record.unmatched
         card = (tmp_path / "x.README.md").read_text()
     else:
-        assert not any("mtp" in key for key in load_file(tmp_path / name / "model.safetensors"))
+        assert not any("mtp" in key for key in stored(tmp_path / name))
         card = (tmp_path / name / "README.md").read_text()
     assert "it lacks: model.layers.N.eh_proj.weight, mtp.fc.weight." in card
     assert "Only the checkpoint has" in str(record.table())

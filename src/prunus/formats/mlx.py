@@ -125,9 +125,10 @@ class MlxCodec(Codec):
             {"library_name": "mlx", "pipeline_tag": "text-generation"},
         )
         # mlx-lm drops further blocks (MTP) of the families that have them, and takes no others.
-        unused = given.source.unused
-        unmatched = {"the checkpoint": name_patterns(unused)} if unused else {}
-        lists = {"left_out": unused, "unmatched": unmatched}
+        source = given.source
+        left_out = source.checkpoint.tensors.keys() - set(source.stored.values())
+        unmatched = {"the checkpoint": name_patterns(source.unused)} if source.unused else {}
+        lists = {"left_out": left_out, "unmatched": unmatched}
         result = "an MLX checkpoint"
         return folder_plan(
             given, weights, cls.encode, result, words=words, configure=_config, **lists

@@ -155,7 +155,8 @@ class Given:
         """The weight of a module that has a type of its own, one of `quantizers`."""
         shape = self.source.checkpoint.tensors[self.source.weight_key(name)].shape
         sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
-        return TypedWeight([name], tuple(shape), quantizers, sizes)
+        kept = lossless_type(self.sample(name), quantizers)
+        return TypedWeight([name], tuple(shape), quantizers, sizes, lossless=kept)
 
     def shards(
         self, weights: Mapping[str, TypedWeight], encode: Encode, left_out: Collection[str] = ()
@@ -206,6 +207,8 @@ class TypedWeight:
         shape: Rows of all modules together, and columns last.
         quantizers: The types.
         nbytes: The bytes of the weight in each of them.
+        lossless: The smallest of the types whose values the weight has already, as far as a few
+            rows say; None for none.
         uses: How many of its numbers are multiplied for each token; 0 if that does not matter.
     """
 
@@ -214,6 +217,13 @@ class TypedWeight:
     quantizers: Sequence[GroupQuantizer]
     nbytes: Sequence[int]
     uses: float = 0.0
+    lossless: GroupQuantizer | None = None
+
+    @property
+    def least_lossless(self) -> float:
+        """The bytes of the smallest type that loses nothing; infinite without one."""
+        kind = self.lossless
+        return math.inf if kind is None else self.nbytes[self.quantizers.index(kind)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,10 +341,10 @@ class SizePlan(Storage):
         """
         linears, shares, nbytes = self.given.linears, Counter[str](), 0
         weights = {name: x for name, x in self.weights.items() if name in linears}
-        for name, weight in weights.items():
-            if kind := lossless_type(self.given.sample(name), weight.quantizers):
-                shares[kind.name] += math.prod(weight.shape)
-                nbytes += weight.nbytes[weight.quantizers.index(kind)]
+        for weight in weights.values():
+            if weight.lossless is not None:
+                shares[weight.lossless.name] += math.prod(weight.shape)
+                nbytes += int(weight.least_lossless)
         parts = [
             f"{n / weights_in(weights):.0%} lie on {x}'s grid" for x, n in shares.most_common()
         ]
