@@ -36,6 +36,7 @@ from prunus.hardware.words import naming
 from prunus.methods.group_fits import round_in_groups, rounded_rows
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, check_range
 from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
+from prunus.methods.lattice import lossless_type, on_lattice
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.tensor_files import Writable, save_safetensors
 
@@ -81,7 +82,7 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
             "the finished blocks: the file was changed since. Put it back as it was, or choose "
             "`overwrite` to start again"
         )
-    record.types = choice.types
+    record.types, record.unmatched = choice.types, dict(size_plan.unmatched)
     on_rank_0(lambda: _check_outside(size_plan, choice))
     if said := size_plan.said(choice):
         session.tell(said)
@@ -100,6 +101,7 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
         """The tensors outside the blocks, with embedding and head in their types."""
         if head is not None and size_plan.head is not None:
             head.add_uncorrelated(choice.importances[size_plan.head] * head.tokens)
+        dense = {key: tensor for key, tensor in dense.items() if key not in size_plan.left_out}
         for name, keys in size_plan.outside.items():
             for key in keys:
                 del dense[key]
@@ -110,7 +112,8 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
     # Errors of the head are corrected by its later columns, if they are measured: an embedding that
     # is tied to it has errors of its own, which must be known too.
     corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
-    return Rounding(round_as, encode, decode, outside if size_plan.outside else None, corrects)
+    changes = bool(size_plan.outside or size_plan.left_out)
+    return Rounding(round_as, encode, decode, outside if changes else None, corrects)
 
 
 def _measured_once(
@@ -160,6 +163,8 @@ def _rounded(
     """
     key, quantizer = plan.checkpoint.weight_key(name), choice.quantizers[name]
     weight_OI = plan.checkpoint.checkpoint.whole(key)
+    if (kept := on_lattice(weight_OI, quantizer)) is not None:
+        return kept
     with naming(key):
         if head is None:
             return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
@@ -269,6 +274,7 @@ def type_losses(
 ) -> Tensor:
     """The expected loss increase of each type (types,).
 
+    The smallest type whose values the weight has already loses nothing; see `methods/lattice.py`.
     The loss of an error e is half of Σ s_i E[e_i²], see `engine/loss_sensitivity.py`; the factor ½
     is the same for all types and left out. Coarse types lose more than this sum, because their
     errors depend on each other and on those of other linears; see `_COHERENCE`.
@@ -293,7 +299,8 @@ def type_losses(
     for quantizer in quantizers:
         loss = loss_of(rounded_rows(rows_RI, quantizer, importance_I).sub_(rows_RI))
         losses.append(loss / (1 - _COHERENCE * loss / all_lost).clamp_min(_LEAST_REST))
-    return torch.tensor(losses)
+    lossless = lossless_type(weight_OI, quantizers)
+    return torch.tensor(losses) * torch.tensor([x is not lossless for x in quantizers])
 
 
 def _sampled_rows(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,13 +99,21 @@ class Storage:
         selection: The linears that are changed.
         measures_loss: Whether the run begins by measuring how the loss depends on each linear, for
             the types of weights or the fit of scales.
+        unmatched: What a template and its checkpoint do not have in common, or what the result
+            lacks of the checkpoint; see `CompressionRecord`.
         copies: How many files as large as the result a run needs on the disk at once.
     """
 
     source: CheckpointSource | ModuleSource
     selection: LinearSelection
     measures_loss: bool = False
+    unmatched: Mapping[str, list[str]] = field(default_factory=dict)
     copies: int = 1
+
+    @property
+    def lossless(self) -> str:
+        """Which linears a type stores without a loss, for people; empty for none."""
+        return ""
 
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
@@ -168,6 +176,8 @@ class LinearPlan(RunPlan):
         - `left_dense`: name of a weight that stays as it is -> its shape;
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
         - `rounded_before`: the same in words; empty where the weights lie on no grid;
+        - `unmatched`: "the template" and "the checkpoint" -> what only one of the two has;
+        - `lossless`: which linears have the values of a type of the result already, in words;
         - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
           rule by hand its sparsity and its numbers of linears and of weights.
         """
@@ -181,6 +191,8 @@ class LinearPlan(RunPlan):
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "grid_bits": self.grid_bits,
             "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
+            "lossless": self.storage.lossless,
+            "unmatched": self.storage.unmatched,
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {
@@ -417,6 +429,9 @@ def plan_run(
     storage = Storage(source=opened.source, selection=linears)
     if storage_of is not None:
         storage = storage_of(opened, linears)
+    if isinstance(opened.source, CheckpointSource) and "the checkpoint" not in storage.unmatched:
+        # Blocks for further tokens (MTP), which no model of transformers has, stay as they are.
+        storage.selection.left_dense.update(opened.source.unused)
     trains = "" if recipe.training.blocks == "none" else "reconstruction"
     needs: Needs = "gram" if options.measure_error else method.needs
     walks = needs != "none" or trains != "" or recipe.measures == "inputs"

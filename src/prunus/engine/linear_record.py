@@ -14,6 +14,7 @@ from pydantic import Field
 
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.run_record import BlockwiseRecord, RecordPart, Walk, bos_words
+from prunus.hardware.words import name_patterns
 
 if TYPE_CHECKING:
     from prunus.engine.document import Table
@@ -257,6 +258,11 @@ class LinearsRecord(BlockwiseRecord):
                 "would, and the size before is that of unpacked weights (benchmarks/dither.py "
                 "makes fair ones of a GGUF file)."
             )
+        blocks = tuple(f"{block.name}." for block in self.blocks)
+        unused = [name for name in self.left_dense if not name.startswith(blocks)]
+        if unused and self.state == "finished":
+            names = ", ".join(name_patterns(unused))
+            lines.append(f"kept as it is, though the model does not use it: {names}")
         if totals.get("expert_linears"):
             few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
             lines.append(

@@ -141,7 +141,14 @@ class CompressionRecord(LinearsRecord):
         return self.recipe.target
 
     def _notes(self, totals: dict[str, Any]) -> list[str]:
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        kept = sum("kept_values" in linear.notes for linear in linears)
+        words = (
+            f"{kept} of {len(linears)} linears keep their values: they were those of their types "
+            "already. A larger file would lose no less in them."
+        )
         return [
+            *([words] if kept else []),
             *(self.size.sentences(totals.get("bits")) if self.size else []),
             *self.check_sentences(),
             *unmatched_sentences(self.unmatched),

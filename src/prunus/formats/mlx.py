@@ -28,6 +28,7 @@ from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
+from prunus.hardware.words import name_patterns
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import read_json
 from prunus.model.linears import is_tied
@@ -123,8 +124,14 @@ class MlxCodec(Codec):
             "compressed for MLX",
             {"library_name": "mlx", "pipeline_tag": "text-generation"},
         )
+        # mlx-lm drops further blocks (MTP) of the families that have them, and takes no others.
+        source = given.source
+        left_out = source.checkpoint.tensors.keys() - set(source.stored.values())
+        unmatched = {"the checkpoint": name_patterns(source.unused)} if source.unused else {}
+        lists = {"left_out": left_out, "unmatched": unmatched}
+        result = "an MLX checkpoint"
         return folder_plan(
-            given, weights, cls.encode, "an MLX checkpoint", words=words, configure=_config
+            given, weights, cls.encode, result, words=words, configure=_config, **lists
         )
 
     @staticmethod

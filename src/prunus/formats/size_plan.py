@@ -28,10 +28,14 @@ from prunus.formats.compression_record import CompressionRecord, FileSize
 from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_types
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.lattice import lossless_type
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+
+# The first rows of a weight that are read before a run, and as many of the last ones.
+_SAMPLED = 8
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,20 @@ class Given:
         stored = self.source.weight_dtype(name)
         return torch.float16 if stored == torch.float16 else torch.bfloat16
 
+    def sample(self, name: str) -> torch.Tensor:
+        """The first and the last rows of a weight, to see whether they lie on a lattice.
+
+        Of a piece of a fused tensor there are none.
+        """
+        checkpoint, key = self.source.checkpoint, self.source.weight_key(name)
+        if key not in checkpoint.tensors:
+            return torch.empty(0, 1)
+        info = checkpoint.tensors[key]
+        most = _SAMPLED * info.shape[-1] * info.dtype.itemsize
+        starts = sorted({0, max(0, info.nbytes - most)})
+        rows = [next(checkpoint.pieces(key, most, start)) for start in starts]
+        return torch.cat(rows).view(-1, info.shape[-1])
+
     def check_widths(self, names: Sequence[str], group: int) -> None:
         """Check that some weights consist of whole groups.
 
@@ -137,9 +155,12 @@ class Given:
         """The weight of a module that has a type of its own, one of `quantizers`."""
         shape = self.source.checkpoint.tensors[self.source.weight_key(name)].shape
         sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
-        return TypedWeight([name], tuple(shape), quantizers, sizes)
+        kept = lossless_type(self.sample(name), quantizers)
+        return TypedWeight([name], tuple(shape), quantizers, sizes, lossless=kept)
 
-    def shards(self, weights: Mapping[str, TypedWeight], encode: Encode) -> list[dict[str, Any]]:
+    def shards(
+        self, weights: Mapping[str, TypedWeight], encode: Encode, left_out: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
         """Each shard of a folder: name -> something with a shape and a dtype.
 
         What lies outside the blocks is first, then each block follows.
@@ -149,10 +170,12 @@ class Given:
         Args:
             weights: Module -> weight that has a type of its own.
             encode: `Codec.encode`.
+            left_out: See `SizePlan`.
         """
         source = self.source
         modules = {source.weight_key(name): name for name in weights}
         copies = {x for name, keys in self.outside.items() if name in weights for x in keys[1:]}
+        copies.update(left_out)
         outside = [key for key in source.outside_keys() if key not in copies]
         blocks = map(source.block_keys, range(len(self.skeleton)))
         shards: list[dict[str, Any]] = []
@@ -184,6 +207,8 @@ class TypedWeight:
         shape: Rows of all modules together, and columns last.
         quantizers: The types.
         nbytes: The bytes of the weight in each of them.
+        lossless: The smallest of the types whose values the weight has already, as far as a few
+            rows say; None for none.
         uses: How many of its numbers are multiplied for each token; 0 if that does not matter.
     """
 
@@ -192,6 +217,13 @@ class TypedWeight:
     quantizers: Sequence[GroupQuantizer]
     nbytes: Sequence[int]
     uses: float = 0.0
+    lossless: GroupQuantizer | None = None
+
+    @property
+    def least_lossless(self) -> float:
+        """The bytes of the smallest type that loses nothing; infinite without one."""
+        kind = self.lossless
+        return math.inf if kind is None else self.nbytes[self.quantizers.index(kind)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +239,8 @@ class SizePlan(Storage):
         configure: From the plan and the record to the content of config.json; None for none.
         speeds: Type -> nanoseconds per weight; empty if time does not matter.
         most_time: The most nanoseconds that all weights may take for each token.
+        left_out: Names of matrices of the checkpoint that the result lacks, because no program
+            reads them from it.
         lasting: What is known of the measurement before the run, which lasts with it.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the result;
             None if the choice of types decides it.
@@ -220,6 +254,7 @@ class SizePlan(Storage):
     configure: Callable[[SizePlan, Mapping[str, GroupQuantizer]], Mapping[str, object]] | None
     speeds: Mapping[str, float] = field(default_factory=dict)
     most_time: float = math.inf
+    left_out: Collection[str] = ()
     lasting: Measurement = field(default_factory=Measurement)
     tensors: Mapping[str, Any] | None = None
 
@@ -298,6 +333,23 @@ class SizePlan(Storage):
             parts=dict(parts.most_common()),
         )
 
+    @functools.cached_property
+    def lossless(self) -> str:
+        """Which linears have the values of a type already, for people; empty if none have.
+
+        A few rows of each say so. The run looks at all of them.
+        """
+        linears, shares, nbytes = self.given.linears, Counter[str](), 0
+        weights = {name: x for name, x in self.weights.items() if name in linears}
+        for weight in weights.values():
+            if weight.lossless is not None:
+                shares[weight.lossless.name] += math.prod(weight.shape)
+                nbytes += int(weight.least_lossless)
+        parts = [
+            f"{n / weights_in(weights):.0%} lie on {x}'s grid" for x, n in shares.most_common()
+        ]
+        return f"{', '.join(parts)}: {in_bytes(nbytes)} lose nothing" if parts else ""
+
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
         """The size of the files and what takes it, and the bits if there is one number of them."""
         if self.tensors is None:
@@ -370,7 +422,7 @@ def folder_plan(
     """
     by_name = {weight.modules[0]: weight for weight in weights}
     # Headers are as long as those of the largest types.
-    shards = given.shards(by_name, encode)
+    shards = given.shards(by_name, encode, fields.get("left_out", ()))
     others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
     fields |= {"source": given.source, "selection": given.selection, "given": given}
     fields |= {"weights": by_name, "others": others}

@@ -49,6 +49,15 @@ def reason(error: BaseException, most: int = 300) -> str:
     return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " …"
 
 
+def name_patterns(names: Iterable[str]) -> list[str]:
+    """Names with N for each number, every one once.
+
+    >>> name_patterns(["mtp.0.fc.weight", "mtp.1.fc.weight"])
+    ['mtp.N.fc.weight']
+    """
+    return sorted({re.sub(r"\d+", "N", name) for name in names})
+
+
 def did_you_mean(wrong: object, choices: Iterable[str], what: str = "") -> str:
     """A hint for a misspelt name: the most similar of `choices`, or "" if none is similar.
 

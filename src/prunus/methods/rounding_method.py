@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from prunus.methods.composition import on_dense_target
-from prunus.methods.group_sweep import quantize_in_groups
+from prunus.methods.group_sweep import GroupRounding, quantize_in_groups
+from prunus.methods.lattice import on_lattice
 from prunus.methods.method_options import MethodOptions
+from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
+from prunus.methods.work import Pruned, PruneFunction, Work
 
 
 def rounding_method(rounding: str, options: MethodOptions) -> Method:
@@ -23,17 +28,25 @@ def rounding_method(rounding: str, options: MethodOptions) -> Method:
     """
     feedback = rounding == "feedback"
     uses_dense_target = feedback and options.dense_weight != 0
+    function = partial(on_dense_target, quantize_in_groups) if uses_dense_target else None
     return Method(
         name="rounding",
         summary="round each weight to a type of the format",
-        function=(
-            partial(on_dense_target, quantize_in_groups)
-            if uses_dense_target
-            else quantize_in_groups
-        ),
+        function=partial(_keeping_values, function or quantize_in_groups),
         needs="gram" if feedback else "none",
         updates_weights=True,
         needs_drift=uses_dense_target,
         # Its ridge is small against the inputs with the largest norms.
         adds_ridge=False,
     )
+
+
+def _keeping_values(
+    step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
+) -> Pruned:
+    """A step that leaves a weight alone if its values are those of its type; see `lattice`."""
+    assert isinstance(work.rounding, GroupRounding)
+    if (kept := on_lattice(weight_OI, work.rounding.quantizer)) is None:
+        return step(weight_OI, statistics, work)
+    dense_OI = kept.dense()
+    return Pruned(dense_OI, dense_OI != 0, {"kept_values": True}, kept)

@@ -85,7 +85,7 @@ _FIRST_BLOCKS = {
 #: The position of the last block of a kind.
 _LAST_BLOCKS = {"moe_layer_end_index"}
 #: Blocks after the last one, which predict further tokens and do not belong to the model.
-_EXTRA_BLOCKS = {"num_nextn_predict_layers"}
+EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 
 @dataclass(frozen=True)
@@ -380,14 +380,14 @@ def without_blocks(config: Any, staying: Sequence[int], count: int) -> dict[str,
         if isinstance(value, list | tuple) and name in _BLOCK_POSITIONS:
             changes[name] = [position for position, old in enumerate(staying) if old in value]
         elif isinstance(value, list | tuple) and len(value) == count and "layer" in name:
-            # A list with one entry per block. Lists of the blocks in `_EXTRA_BLOCKS` stay.
+            # A list with one entry per block. Lists of the blocks in `EXTRA_BLOCKS` stay.
             if not name.startswith("mtp"):
                 changes[name] = [value[index] for index in staying]
         elif isinstance(value, int) and name in _FIRST_BLOCKS:
             changes[name] = sum(index < value for index in staying)
         elif isinstance(value, int) and name in _LAST_BLOCKS:
             changes[name] = sum(index <= value for index in staying) - 1
-        elif isinstance(value, int) and name in _EXTRA_BLOCKS:
+        elif isinstance(value, int) and name in EXTRA_BLOCKS:
             changes[name] = 0
     return changes
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from prunus.model.checkpoint.files import read_limited
 from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, flat_bytes
-from prunus.model.config import load_config, require_config
+from prunus.model.config import EXTRA_BLOCKS, load_config, require_config
 from prunus.model.experts import Fused
 from prunus.model.skeleton import Skeleton, names_in_model
 
@@ -203,6 +203,9 @@ class CheckpointSource:
     def _refuse_unknown(self, skeleton: Skeleton, unknown: Mapping[str, str]) -> None:
         """Refuse a matrix in a block that the model has no place for; results would copy it."""
         ignored = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        text, count = self.config.get_text_config(), len(skeleton)
+        further = max(getattr(text, name, None) or 0 for name in EXTRA_BLOCKS)
+        extra = tuple(f"{skeleton.path}.{count + place}." for place in range(further))
         for name, key in unknown.items():
             if (
                 name.startswith(f"{skeleton.path}.")
@@ -210,6 +213,7 @@ class CheckpointSource:
                 and name.endswith(".weight")
                 and len(self.checkpoint.tensors[key].shape) > 1
                 and not any(re.search(rule, name) for rule in ignored)
+                and not name.startswith(extra)
             ):
                 raise ValueError(
                     f"{self.checkpoint.folder} holds {key!r}, but the model that config.json "
@@ -319,6 +323,19 @@ class CheckpointSource:
     def block_nbytes(self, index: int) -> int:
         """Bytes of a block as stored."""
         return self.checkpoint.nbytes(self.block_keys(index))
+
+    @functools.cached_property
+    def unused(self) -> dict[str, tuple[int, ...]]:
+        """Stored name -> shape of every matrix that the model has no place for.
+
+        Blocks that predict further tokens (MTP) are such. Masks of old checkpoints do not count.
+        """
+        known = set(self.stored.values())
+        return {
+            key: info.shape
+            for key, info in self.checkpoint.tensors.items()
+            if key not in known and len(info.shape) > 1 and not key.endswith(".bias")
+        }
 
     def outside_keys(self) -> list[str]:
         """Stored names of everything outside the blocks, sorted."""

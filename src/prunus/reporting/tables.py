@@ -62,6 +62,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"weights before": plan["rounded_before"]} if plan.get("rounded_before") else {}),
+        **({"of the linears": plan["lossless"]} if plan.get("lossless") else {}),
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:

@@ -27,7 +27,7 @@ from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
-from prunus.formats.gguf.types import TYPES, GgufType, type_for, type_named, types_for
+from prunus.formats.gguf.types import TYPES, type_for, type_named, types_for
 from prunus.formats.size_plan import (
     Given,
     SizePlan,
@@ -38,6 +38,7 @@ from prunus.formats.size_plan import (
 from prunus.formats.type_choice import Measurement, TypeChoice
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.methods.lattice import lossless_type
 from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
 from prunus.model.checkpoint.tensor_files import Checkpoint
 
@@ -115,6 +116,11 @@ class GgufCodec(Codec):
         others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
             padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
         )
+        exact = sum(weight.least_lossless for weight in weights.values())
+        room = contents.record_bytes
+        if recipe.size is not None and recipe.size < others + exact <= recipe.size + room:
+            # Weights that lose nothing are worth more than the record.
+            contents, others = FileContents(layout, None), others - room
         # Types in reserve decode slowly, so a choice of types that decode fast does without them.
         if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
             min(weight.nbytes) for weight in weights.values()
@@ -143,6 +149,7 @@ class GgufCodec(Codec):
             configure=None,
             lasting=lasting,
             contents=contents,
+            unmatched=layout.unmatched,
             speeds=times,
         )
         if recipe.fast_on is not None:
@@ -184,10 +191,13 @@ def _weights(
     weights = {}
     for name, tensor in tensors.items():
         columns, order, kind = tensor.shape[-1], tensor.columns, kinds[name]
-        types: Sequence[GgufType] = (
-            types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
-        )
-        types = [replace(x, columns=order) for x in types] if order else types
+        every = [replace(x, columns=order) if order else x for x in TYPES.values()]
+        usual = types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
+        names = {x.name for x in usual}
+        # A type whose values the weight has already may be one that others are chosen before.
+        of_choice = every if kind is None else [x for x in every if x.name in names]
+        lossless = lossless_type(given.sample(name), of_choice)
+        types = [x for x in every if x.name in names or x is lossless]
         used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
         share = used / tensor.shape[0] if used else 1.0
         if name in given.outside and name != head:
@@ -195,7 +205,8 @@ def _weights(
         count = rows[name] * columns
         sizes = [padded(x.nbytes_of(count)) for x in types]
         shape = rows[name], columns
-        weights[name] = TypedWeight(tensor.modules, shape, types, sizes, count * share)
+        uses = count * share
+        weights[name] = TypedWeight(tensor.modules, shape, types, sizes, uses, lossless)
     return weights
 
 
@@ -250,8 +261,7 @@ class GgufPlan(SizePlan):
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         size = self.size(self.file_bytes(choice), parts).model_dump()
-        unmatched = self.contents.layout.unmatched
-        return {"file": size, "decoding": self._speed(types), "unmatched": unmatched}
+        return {"file": size, "decoding": self._speed(types)}
 
     def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
@@ -259,6 +269,7 @@ class GgufPlan(SizePlan):
         return (
             f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; "
             f"processors decode it about {self._speed(choice.types):.2f} times as fast as Q4_K_M"
+            + ("" if self.contents.record_bytes else "; it has no room for a record")
             + ("" if self.given.recipe.fast_on else "; with `fast_on` time counts too")
         )
 
@@ -297,4 +308,3 @@ class GgufPlan(SizePlan):
         """Enter the size of the file, and what a template and the checkpoint do not share."""
         parts = self.contents.bytes_by_type(record.types)
         record.size = self.size(self.contents.file_bytes(record.types), parts)
-        record.unmatched = self.contents.layout.unmatched

@@ -32,16 +32,21 @@ class FileContents:
 
     Args:
         layout: The tensors of the file, and its fields but for those that depend on the types.
-        linears: How many linears the record describes.
+        linears: How many linears the record describes; None for a file without a record.
+
+    Attributes:
+        layout: As given.
+        record_bytes: The bytes of the place of the record.
 
     Everywhere below, `types` are the types of linears, embedding and head by name. What has no
     type stays in F32, F16 or BF16.
     """
 
-    def __init__(self, layout: GgufLayout, linears: int) -> None:
+    def __init__(self, layout: GgufLayout, linears: int | None) -> None:
         self.layout = layout
         names = len(json.dumps(layout.unmatched))
-        self._record_bytes = _RECORD_BYTES + _BYTES_PER_LINEAR * linears + names
+        of_linears = _RECORD_BYTES + _BYTES_PER_LINEAR * (linears or 0) + names
+        self.record_bytes = 0 if linears is None else of_linears
 
     def type_of(self, tensor: GgufTensor, types: Mapping[str, str]) -> tuple[str, int, int]:
         """The name of the type of a tensor, the number of the type, and the bytes of the tensor."""
@@ -94,8 +99,8 @@ class FileContents:
         writer = new_fields(self.layout.fields["general.architecture"].value)
         writer.add_file_type(FILE_TYPES[by_type.most_common(1)[0][0]])
         size = len(record.encode())
-        text = record if size <= self._record_bytes else ""
-        writer.add_string(RECORD_FIELD, text + " " * (self._record_bytes - len(text.encode())))
+        text = record if size <= self.record_bytes else ""
+        writer.add_string(RECORD_FIELD, text + " " * (self.record_bytes - len(text.encode())))
         return {**self.layout.fields, **writer.fields}
 
     def file_bytes(self, types: Mapping[str, str]) -> int:

@@ -30,6 +30,7 @@ from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
+from prunus.hardware.words import name_patterns
 from prunus.model.checkpoint.files import read_json, read_limited
 from prunus.model.checkpoint.tensor_files import TensorInfo
 from prunus.model.skeleton import Skeleton
@@ -166,7 +167,9 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
     _add_tokenizer(writer, folder, architecture, options)
-    return GgufLayout(writer.fields, tuple(tensors))
+    # llama.cpp reads no further blocks (MTP) of these families.
+    unmatched = {"the checkpoint": name_patterns(source.unused)} if source.unused else {}
+    return GgufLayout(writer.fields, tuple(tensors), unmatched)
 
 
 def tensors_of(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -45,6 +44,7 @@ from prunus.formats.gguf.placements import (
 )
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
 from prunus.formats.type_choice import Measurement
+from prunus.hardware.words import name_patterns
 from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -171,8 +171,7 @@ def layout_by(
     linears = (f"{name}.weight" for name in skeleton.all_linears())
     readable = {x for x in (*linears, *skeleton.outside_parameter_names) if len(uses[x]) == 1}
     foreign, absent = (sorted(_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
-    patterns = sorted({re.sub(r"\d+", "N", name) for name in absent})
-    unmatched = {"the template": foreign, "the checkpoint": patterns}
+    unmatched = {"the template": foreign, "the checkpoint": name_patterns(absent)}
     return GgufLayout(
         file.fields(),
         tuple(x if readable.issuperset(x.sources) else replace(x, sources=()) for x in tensors),

@@ -252,16 +252,17 @@ class Checkpoint:
             for name, info in infos.items()
         }
 
-    def pieces(self, name: str, most: int = _VALUES) -> Iterator[torch.Tensor]:
+    def pieces(self, name: str, most: int = _VALUES, begin: int = 0) -> Iterator[torch.Tensor]:
         """Yield the values of a tensor in order, as flat tensors of at most `most` bytes.
 
-        `most` is a multiple of the size of a value. The errors are those of `read`. The last check
-        comes after the last piece, so only a complete loop has read one and the same file.
+        `most`, and the byte `begin` of the first value, are multiples of the size of a value. The
+        errors are those of `read`. The last check comes after the last piece, so only a complete
+        loop has read one and the same file.
         """
         info = self.tensors[name]
         [(file, _)] = self._by_file([name])
         with self._open(file) as plain:
-            for start in range(0, info.nbytes, most):
+            for start in range(begin, info.nbytes, most):
                 size = min(most, info.nbytes - start)
                 content = torch.empty(size, dtype=torch.uint8)
                 self._fill(content, plain, file, info.begin + start)
