@@ -143,8 +143,8 @@ class Codec(ABC):
         return CompressionRecord.load(path) if (path / CompressionRecord.FILE).exists() else None
 
     @staticmethod
-    def stored_bits(path: Path) -> float | None:
-        """Bits per weight of the linears in the blocks of a file; None where it does not say."""
+    def audit(path: Path) -> Any:
+        """What a file holds, a `FileAudit` of the format; None for a format of folders."""
         return None
 
 
