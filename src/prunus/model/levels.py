@@ -44,11 +44,15 @@ def grid_bits(checkpoint: Checkpoint, names: Iterable[str]) -> int | None:
     """
     infos = checkpoint.tensors
     samples = (next(checkpoint.pieces(x, _SAMPLE * infos[x].dtype.itemsize)) for x in names)
-    return statistics.mode([_bits(values) for values in samples] or [None])
+    return statistics.mode([value_bits(values) for values in samples] or [None])
 
 
-def _bits(values: torch.Tensor) -> int | None:
-    """The bits of the grid that flat values lie on, or None."""
+def value_bits(values: torch.Tensor) -> int | None:
+    """The bits of the grid that values lie on, or None.
+
+    Args:
+        values: Some rows of a matrix, flat, in any float dtype; 2**15 values are enough.
+    """
     blocks_BK = values[: len(values) // _BLOCK * _BLOCK].float().reshape(-1, _BLOCK)
     used_BK = blocks_BK != 0  # zeros of pruned weights are equal without any grid
     equal_BKK = (blocks_BK[:, :, None] == blocks_BK[:, None, :]) & used_BK[:, None, :]
