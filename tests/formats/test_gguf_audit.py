@@ -31,22 +31,35 @@ def test_types_that_a_width_forced_on_a_preset_are_named(preset, wanted, tmp_pat
     audit = FileAudit.of(path)
     assert audit.presets == {"name": preset, "general.file_type": "Q8_0"}
     assert audit.bits == dict.fromkeys(("linears", "embedding", "head"), TYPES[kind].bits)
-    matrices = {each.tensor: each for each in audit.replaced}
+    matrices = {each["tensor"]: each for each in audit.replaced}
     assert len(matrices) == audit.types[kind]["tensors"] == 2 * 7 + 2
-    assert all(wanted in each.in_place_of for each in audit.replaced)
+    assert all(wanted in each["in_place_of"] for each in audit.replaced)
     down = matrices["blk.1.ffn_down.weight"]
-    most = max(TYPES[x].bits for x in down.in_place_of)
-    assert (down.columns, down.type) == (64, kind)
-    assert down.more_bytes == round((TYPES[kind].bits - most) * 32 * 64 / 8)
+    most = max(TYPES[x].bits for x in down["in_place_of"])
+    assert (down["columns"], down["type"]) == (64, kind)
+    assert down["more_bytes"] == round((TYPES[kind].bits - most) * 32 * 64 / 8)
     assert audit.other_types == {} and sum(x["bytes"] for x in audit.types.values()) < audit.bytes
 
 
 def test_types_that_no_width_explains_are_only_counted(tmp_path):
     """Q5_1 takes the place of Q5_K, which Q2_K never has; Q8_0 is what its name says."""
     audit = FileAudit.of(narrow(tmp_path, "tiny-Q2_K.gguf", "Q5_1"))
-    assert (audit.replaced, audit.other_types) == ((), {"Q5_1": 16})
+    assert (audit.replaced, audit.other_types) == ([], {"Q5_1": 16})
     audit = FileAudit.of(narrow(tmp_path, "tiny-Q8_0.gguf", "Q8_0"))
-    assert (audit.replaced, audit.other_types) == ((), {})
+    assert (audit.replaced, audit.other_types) == ([], {})
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1"])
+def test_linears_that_were_rounded_before_are_counted(kind, tmp_path):
+    """Only weights that had been in Q4_0 have four bits; those of any type have its own."""
+    model = tiny_llama()
+    write_gguf(model, tmp_path / "fresh.gguf", kind)
+    model.load_state_dict(write_gguf(model, tmp_path / "first.gguf", "Q4_0"))
+    write_gguf(model, tmp_path / "again.gguf", kind)
+    for name, found in {"fresh": {}, "first": {}, "again": {"4 bits": 14}}.items():
+        assert FileAudit.of(tmp_path / f"{name}.gguf", reads_weights=True).coarser == found
+    printed = call("inspect", tmp_path / "again.gguf", tmp_path / "first.gguf").stdout
+    assert "14 on one of 4 bits" in printed
 
 
 @pytest.mark.parametrize(

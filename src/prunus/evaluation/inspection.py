@@ -234,7 +234,7 @@ def _audits(*models: Any) -> tuple[Any, ...]:
     """What those of some models hold that are files of a format, such as GGUF files."""
     paths = [Path(x) for x in models if isinstance(x, str | Path) and Path(x).is_file()]
     kinds = [(path, kind) for path in paths if (kind := reader_of(path)) is not None]
-    return tuple(filter(None, (kind.audit(path) for path, kind in kinds)))
+    return tuple(filter(None, (kind.audit(path, reads_weights=True) for path, kind in kinds)))
 
 
 def _linears(

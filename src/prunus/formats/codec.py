@@ -143,8 +143,13 @@ class Codec(ABC):
         return CompressionRecord.load(path) if (path / CompressionRecord.FILE).exists() else None
 
     @staticmethod
-    def audit(path: Path) -> Any:
-        """What a file holds, a `FileAudit` of the format; None for a format of folders."""
+    def audit(path: Path, reads_weights: bool = False) -> Any:
+        """What a file holds, as `gguf.audit.FileAudit`; None for a format of folders.
+
+        Args:
+            path: The file.
+            reads_weights: Whether a few weights of each linear are read; else the header alone is.
+        """
         return None
 
 

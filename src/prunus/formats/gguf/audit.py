@@ -9,18 +9,22 @@ have 4.2 bits per weight for this reason. The tables below are those of llama.cp
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from prunus.engine.document import Table, short_names, table_of
 from prunus.formats.gguf.file import RECORD_FIELD, GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
 from prunus.hardware.words import counted, in_bytes
+from prunus.model.levels import value_bits
 
 # Preset -> the types that it gives to matrices (`llama_tensor_get_type_impl`), but for Q6_K, which
 # any of them may give to the head.
@@ -51,27 +55,10 @@ _REPLACEMENTS = {
 }
 # Where llama-quantize notes its importance matrix.
 _IMPORTANCES = "quantize.imatrix."
+# Weights of a linear in which a grid is looked for: 256 blocks.
+_SAMPLE = 2**13
 # Mixtures of so many experts get more bits in attention.
 _EIGHT = 8
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A tensor with a larger type than its preset has, because of its width.
-
-    Attributes:
-        tensor: llama.cpp's name.
-        columns: Its width.
-        type: Its type.
-        in_place_of: The types of the preset that llama-quantize replaces by this one.
-        more_bytes: By how much it is larger than in the largest of them.
-    """
-
-    tensor: str
-    columns: int
-    type: str
-    in_place_of: tuple[str, ...]
-    more_bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,12 +76,16 @@ class FileAudit:
             no entry. Linears are the matrices in the blocks but for routers.
         types: Type -> `tensors` and `bytes` that have it, the most bytes first.
         replaced: Tensors with a larger type than the preset of the name (if it says none, that of
-            `general.file_type`) gives, because its span does not divide their width. There are none
-            in files of prunus, whose types are no preset's.
+            `general.file_type`) gives, because its span does not divide their width: `tensor`, its
+            `columns` and `type`, the types that it is `in_place_of`, and by how many bytes it is
+            larger than in the largest of these (`more_bytes`). There are none in files of prunus,
+            whose types are no preset's.
         other_types: Types that this preset gives to no tensor, nor puts in place of others -> how
             many tensors have them.
         importances: What llama-quantize noted of its importance matrix: `file`, `dataset`,
             `entries_count`, `chunks_count`; empty if it used none or did not say.
+        coarser: "4 bits", for example -> how many linears lie on such a grid, which is coarser than
+            their type: they were rounded before. None if the weights were not read.
     """
 
     file: str
@@ -105,13 +96,14 @@ class FileAudit:
     presets: dict[str, str]
     bits: dict[str, float]
     types: dict[str, dict[str, int]]
-    replaced: tuple[Replaced, ...]
+    replaced: list[dict[str, Any]]
     other_types: dict[str, int]
     importances: dict[str, Any]
+    coarser: dict[str, int] | None = None
 
     @classmethod
-    def of(cls, path: Path) -> FileAudit:
-        """Read the header of a file.
+    def of(cls, path: Path, reads_weights: bool = False) -> FileAudit:
+        """Read the header of a file, and a few weights of each linear if they are asked for.
 
         Raises:
             ModuleNotFoundError: The extra `gguf` is not installed.
@@ -144,6 +136,7 @@ class FileAudit:
             replaced=replaced,
             other_types=other_types,
             importances={x.removeprefix(_IMPORTANCES): value for x, value in noted.items()},
+            coarser=dict(Counter(_coarser(file))) if reads_weights else None,
         )
 
     def facts(self) -> dict[str, str | None]:
@@ -158,11 +151,15 @@ class FileAudit:
             **{f"bits per weight, {part}": f"{bits:.3f}" for part, bits in self.bits.items()},
             **({} if head else {"bits per weight, head": "is the embedding"}),
             "larger types for their width": f"{counted(len(self.replaced), 'tensor')}, "
-            f"{in_bytes(sum(x.more_bytes for x in self.replaced))} more"
+            f"{in_bytes(sum(x['more_bytes'] for x in self.replaced))} more"
             if self.replaced
             else None,
             "types that the preset lacks": ", ".join(
                 f"{kind} in {counted(count, 'tensor')}" for kind, count in self.other_types.items()
+            )
+            or None,
+            "linears on a coarser grid": ", ".join(
+                f"{count} on one of {bits}" for bits, count in (self.coarser or {}).items()
             )
             or None,
             "importance matrix": f"{noted.get('file', 'yes')}{chunks}" if noted else "not named",
@@ -197,8 +194,9 @@ class FileAudit:
         groups: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
         for audit in audits:
             for x in audit.replaced:
-                alike = re.sub(r"\d+", "*", x.tensor), x.columns, x.type, " or ".join(x.in_place_of)
-                groups[(names[audit.file], *alike)].update(tensors=1, more=x.more_bytes)
+                alike = re.sub(r"\d+", "*", x["tensor"]), x["columns"], x["type"]
+                key = names[audit.file], *alike, " or ".join(x["in_place_of"])
+                groups[key].update(tensors=1, more=x["more_bytes"])
         larger = [
             {
                 **dict(zip(("file", "tensors", "width", "type", "in place of"), key, strict=True)),
@@ -229,10 +227,10 @@ def _presets_of(path: Path, file: GgufFile) -> dict[str, str]:
     return presets
 
 
-def _compare(file: GgufFile, preset: str | None) -> tuple[tuple[Replaced, ...], dict[str, int]]:
+def _compare(file: GgufFile, preset: str | None) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The tensors with larger types than a preset's, and how many have which other types."""
     if preset not in _PRESETS:
-        return (), {}
+        return [], {}
     gguf, replaced, others = package(), [], Counter[str]()
     usual = {"Q6_K", *_PRESETS[preset].split(), *PLAIN_DTYPES}
     if file.get(f"{file.architecture}.expert_count") == _EIGHT:
@@ -246,7 +244,20 @@ def _compare(file: GgufFile, preset: str | None) -> tuple[tuple[Replaced, ...], 
         bits = {x: 8 * nbytes / span for x, (span, nbytes) in sizes.items() if columns % span}
         if bits:
             more = tensor.n_bytes - round(tensor.n_elements * max(bits.values()) / 8)
-            replaced.append(Replaced(name, columns, kind, tuple(bits), more))
+            found = {"tensor": name, "columns": columns, "type": kind}
+            replaced.append(found | {"in_place_of": [*bits], "more_bytes": more})
         else:
             others[kind] += 1
-    return tuple(replaced), dict(others)
+    return replaced, dict(others)
+
+
+def _coarser(file: GgufFile) -> Iterator[str]:
+    """Yield the bits of the grid of each linear whose values lie on a coarser one than its type."""
+    for name in file.linears:
+        kind, (*rows, columns) = file.tensors[name].tensor_type.name, file.shape(name)
+        # Codebooks that prunus does not write have fewer bits than any grid.
+        levels = len(TYPES[kind].values) if kind in TYPES else 2**16 * (kind in PLAIN_DTYPES)
+        rows_O = torch.arange(min(-(-_SAMPLE // columns), math.prod(rows)))
+        bits = value_bits(torch.cat([*file.rows(name, rows_O)]).flatten())
+        if bits is not None and 2**bits < levels:
+            yield counted(bits, "bit")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,9 +41,6 @@ from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
 from prunus.model.checkpoint.tensor_files import Checkpoint
 
-if TYPE_CHECKING:
-    from prunus.formats.gguf.audit import FileAudit
-
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
@@ -67,11 +64,11 @@ class GgufCodec(Codec):
     read_record = staticmethod(read_record)
 
     @staticmethod
-    def audit(path: Path) -> FileAudit:
-        """What any GGUF file holds, and how it was made."""
+    def audit(path: Path, reads_weights: bool = False) -> Any:
+        """What any GGUF file holds, and how it was made: a `FileAudit`."""
         from prunus.formats.gguf.audit import FileAudit
 
-        return FileAudit.of(path)
+        return FileAudit.of(path, reads_weights)
 
     @classmethod
     def plan(cls, given: Given) -> SizePlan:
