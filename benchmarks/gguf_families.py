@@ -9,10 +9,12 @@ these steps:
     prunus compress --template  ─► OUT.gguf
     llama-perplexity            ─► log-probabilities of OUT.gguf, of text without meaning
     OUT.gguf's weights, put back into the checkpoint ─► log-probabilities of transformers
+    OUT.gguf, as transformers itself and as `prunus import` read it ─► log-probabilities
 
-Both must agree: the KL divergence is less than 3 % of the one to the model whose matrices are
-upside down. llama.cpp rounds activations, so that routers with random weights choose other experts
-now and then. Random weights show whether every number is in its place, and nothing of quality.
+llama.cpp and the weights must agree: the KL divergence is less than 3 % of the one to the model
+whose matrices are upside down. llama.cpp rounds activations, so that routers with random weights
+choose other experts now and then. Random weights show whether every number is in its place, and
+nothing of quality. What reads no OUT.gguf is in the table with what it said.
 
 --tokenizer (or PRUNUS_TOKENIZER) is a folder with a tokenizer of merged bytes, such as one that
 benchmarks/small_llama.py trained. --llama-cpp is a folder with llama.cpp, built; without it,
@@ -38,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.formats.gguf.file import GgufFile
+from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.template import layout_by, open_template, placements_in
 from prunus.model.checkpoint.files import write_text
 from prunus.model.skeleton import Skeleton
@@ -133,10 +136,12 @@ def of_llama_cpp(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def of_transformers(folder: Path, tokens: torch.Tensor, *, flipped: bool = False) -> torch.Tensor:
+def of_transformers(
+    folder: Path, tokens: torch.Tensor, *, flipped: bool = False, **options: str
+) -> torch.Tensor:
     """The log-probabilities of the same positions."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", **options
     ).eval()
     for name, parameter in model.named_parameters() if flipped else ():
         if parameter.dim() == 2 and "embed" not in name:
@@ -148,6 +153,21 @@ def of_transformers(folder: Path, tokens: torch.Tensor, *, flipped: bool = False
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     """The mean KL divergence in nats."""
     return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+def read_back(out: Path, folder: Path, tokens: torch.Tensor, theirs: torch.Tensor) -> str:
+    """How far a file is from `theirs` if transformers reads it, and if `prunus import` does."""
+    ways = {
+        "gguf_file": lambda: of_transformers(out.parent, tokens, gguf_file=out.name),
+        "import": lambda: import_gguf(out, folder) and of_transformers(folder, tokens),
+    }
+    words = []
+    for way, logits in ways.items():
+        try:
+            words.append(f"{way} {divergence(theirs, logits()):.1e}")
+        except Exception as fault:  # of transformers
+            words.append(f"{way} {type(fault).__name__}: {fault}"[:200])
+    return "; ".join(words)
 
 
 def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, Any]:
@@ -180,6 +200,7 @@ def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, A
         "bits_in_blocks": file.block_bits,
         "linears": len(record.types),
         "types": file.types,
+        "read_back": read_back(out, work / "imported", tokens, theirs),
     }
 
 
@@ -205,7 +226,7 @@ def main() -> None:
         try:
             result = measure(family, llama, work, tokenizer)
             passed = result["kl"] < 0.03 * result["kl_upside_down"]
-            words = f"{result['kl']:.1e} of {result['kl_upside_down']:.1e}, {result['types']}"
+            words = f"{result['kl']:.1e} of {result['kl_upside_down']:.1e}, {result['read_back']}"
         except Exception as fault:  # of the converter, of llama.cpp, or of the run
             passed, words = False, f"{type(fault).__name__}: {fault}".splitlines()[0][:300]
             result = {"failed": words}
@@ -213,7 +234,7 @@ def main() -> None:
         print(f"{family:20} {'passed' if passed else 'FAILED'}  {words}", flush=True)
         if options.json:
             write_text(options.json, json.dumps(results, indent=1) + "\n")
-        for path in ("dense", "restored"):
+        for path in ("dense", "restored", "imported"):
             shutil.rmtree(work / path, ignore_errors=True)
     sys.exit(not all(result["passed"] for result in results.values()))
 

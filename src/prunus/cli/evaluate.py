@@ -110,7 +110,10 @@ def inspect(
     model: Model,
     other: Annotated[
         str | None,
-        typer.Argument(metavar="OTHER", help="Compare the zeros with this model or masks."),
+        typer.Argument(
+            metavar="OTHER",
+            help="Compare the zeros with this model or masks, or a GGUF file with this one.",
+        ),
     ] = None,
     *,
     verify: Annotated[
@@ -125,6 +128,9 @@ def inspect(
     """Show shape, dtype, sparsity and N:M patterns of every linear.
 
     With OTHER, also show how far the zeros of both agree.
+
+    Of a GGUF file, also show its types and bits per weight, and which types are larger than those
+    of the preset in its name. Two files are shown side by side.
     """
     from prunus.evaluation.inspection import inspect as inspect_checkpoint
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ class Inspection:
         other: Name of the model whose zeros were compared with; None without one.
         compared: Full name of a linear, or "all" -> how its zeros compare with those of the other
             model; see `compare_masks`.
+        audits: What a GGUF file holds, or two of them; see `formats.gguf.audit.FileAudit`.
+        unread: Why no linears are listed: transformers does not read the file. None where they are,
+            and where two files are compared.
     """
 
     model: str
@@ -87,6 +90,8 @@ class Inspection:
     verified: int | None = None
     other: str | None = None
     compared: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    audits: tuple[Any, ...] = ()
+    unread: str | None = None
 
     @property
     def weights(self) -> int:
@@ -95,8 +100,8 @@ class Inspection:
 
     @property
     def sparsity(self) -> float:
-        """Share of exact zeros among the weights of all linears."""
-        return sum(linear.zeros for linear in self.linears) / self.weights
+        """Share of exact zeros among the weights of all linears; 0 for none."""
+        return sum(linear.zeros for linear in self.linears) / max(1, self.weights)
 
     @property
     def bits(self) -> float | None:
@@ -155,8 +160,10 @@ class Inspection:
         return table_of(f"{self.model} and {self.other}", rows, forms, note, total)
 
     def tables(self) -> list[Table]:
-        """The table of the linears, and that of the comparison if there is one."""
-        return [table for table in (self.table(), self.comparison()) if table is not None]
+        """What the files hold, the table of the linears, and that of the comparison."""
+        audits = type(self.audits[0]).tables(self.audits, self.unread) if self.audits else []
+        linears = [self.table()] if self.linears or not audits else []
+        return [*audits, *linears, *filter(None, [self.comparison()])]
 
     def _repr_html_(self) -> str:
         """The tables in a notebook."""
@@ -172,10 +179,13 @@ def inspect(
 ) -> Inspection:
     """Inspect a checkpoint, one block in memory at a time, or a loaded model.
 
+    Of a GGUF file, also of a family that transformers does not read, this says what it holds.
+
     Args:
         model: A checkpoint folder, a hub id, a GGUF file, or a loaded transformers model.
-        other: A model to compare the zeros with, or masks; all that `prunus.masks` takes. None
-            compares nothing.
+        other: A model to compare the zeros with, or masks; all that `prunus.masks` takes. If both
+            are GGUF files, what they hold is shown side by side, and no linears. None compares
+            nothing.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         verify: Whether to compare every shard with the SHA-256 in its record first.
 
@@ -183,8 +193,9 @@ def inspect(
         FileNotFoundError, ValueError, NotImplementedError: The checkpoint is damaged, of an
             unknown kind, or has no record to compare with.
     """
-    verified = None
+    verified, audits = None, _audits(model, other)
     types: dict[str, tuple[str, float]] = {}
+    other_name = str(other) if isinstance(other, str | Path) else other and type(other).__name__
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
@@ -199,7 +210,16 @@ def inspect(
         # What is unpacked has other shards.
         stored = Path(name) if kind else resolve_folder(model)
         verified = verify_shards(stored) if verify else None
-        model = resolve_folder(model)
+        blocks = audits[0].blocks if audits else 0
+        held = Inspection(name, blocks, (), {}, other=other_name, audits=audits)
+        if len(audits) > 1:
+            return held
+        try:
+            model = resolve_folder(model)
+        except ValueError as fault:
+            if not audits or other is not None:
+                raise
+            return replace(held, unread=str(fault))
     compared = {}
     if other is not None:
         one, two = (masks(x, trust_remote_code=trust_remote_code) for x in (model, other))
@@ -207,8 +227,14 @@ def inspect(
     source, skeleton = open_weights(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))
     dense = dict(each for x in range(len(skeleton)) for each in skeleton.left_dense(x).items())
-    other_name = str(other) if isinstance(other, str | Path) else other and type(other).__name__
-    return Inspection(name, len(skeleton), linears, dense, verified, other_name, compared)
+    return Inspection(name, len(skeleton), linears, dense, verified, other_name, compared, audits)
+
+
+def _audits(*models: Any) -> tuple[Any, ...]:
+    """What those of some models hold that are files of a format, such as GGUF files."""
+    paths = [Path(x) for x in models if isinstance(x, str | Path) and Path(x).is_file()]
+    kinds = [(path, kind) for path in paths if (kind := reader_of(path)) is not None]
+    return tuple(filter(None, (kind.audit(path, reads_weights=True) for path, kind in kinds)))
 
 
 def _linears(
@@ -264,7 +290,7 @@ def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize
     if (kind := reader_of(model)) is not None:
         path = Path(model)
         nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
-        return ModelSize(nbytes, kind.stored_bits(path))
+        return ModelSize(nbytes, (audit := kind.audit(path)) and audit.bits.get("linears"))
     folder = find_folder(model)
     return ModelSize(file_bytes(folder), _stored_bits(folder, trust_remote_code))
 

@@ -143,8 +143,13 @@ class Codec(ABC):
         return CompressionRecord.load(path) if (path / CompressionRecord.FILE).exists() else None
 
     @staticmethod
-    def stored_bits(path: Path) -> float | None:
-        """Bits per weight of the linears in the blocks of a file; None where it does not say."""
+    def audit(path: Path, reads_weights: bool = False) -> Any:
+        """What a file holds, as `gguf.audit.FileAudit`; None for a format of folders.
+
+        Args:
+            path: The file.
+            reads_weights: Whether a few weights of each linear are read; else the header alone is.
+        """
         return None
 
 

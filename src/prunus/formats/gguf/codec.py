@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,7 @@ from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.contents import FileContents
-from prunus.formats.gguf.file import OWN_LISTS, open_gguf, write_importances
+from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
@@ -65,9 +65,11 @@ class GgufCodec(Codec):
     read_record = staticmethod(read_record)
 
     @staticmethod
-    def stored_bits(path: Path) -> float | None:
-        """Bits per weight of the matrices in the blocks of any GGUF file."""
-        return open_gguf(path).block_bits
+    def audit(path: Path, reads_weights: bool = False) -> Any:
+        """What any GGUF file holds, and how it was made: a `FileAudit`."""
+        from prunus.formats.gguf.audit import FileAudit
+
+        return FileAudit.of(path, reads_weights)
 
     @classmethod
     def plan(cls, given: Given) -> SizePlan:

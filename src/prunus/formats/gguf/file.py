@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -293,18 +293,24 @@ class GgufFile:
         return self.raw(name).view(dtype).reshape(self.shape(name))
 
     @property
-    def block_bits(self) -> float | None:
-        """Bits per weight of the matrices in the blocks, but for routers; None if there are none.
-
-        They are the linears of a model; experts are one tensor of three sides.
-        """
-        matrices = [
-            tensor
+    def linears(self) -> list[str]:
+        """Names of the matrices in the blocks, but for routers; experts are one of three sides."""
+        return [
+            name
             for name, tensor in self.tensors.items()
             if name.startswith("blk.") and len(tensor.shape) > 1 and "ffn_gate_inp" not in name
         ]
-        count = sum(int(tensor.n_elements) for tensor in matrices)
-        return 8 * sum(int(tensor.n_bytes) for tensor in matrices) / count if count else None
+
+    def bits(self, names: Iterable[str]) -> float | None:
+        """Bits per weight of some tensors; None for none."""
+        tensors = [self.tensors[name] for name in names]
+        count = sum(tensor.n_elements for tensor in tensors)
+        return 8 * sum(tensor.n_bytes for tensor in tensors) / count if count else None
+
+    @property
+    def block_bits(self) -> float | None:
+        """Bits per weight of the linears in the blocks; None if there are none."""
+        return self.bits(self.linears)
 
     @property
     def types(self) -> dict[str, float]:
