@@ -107,6 +107,14 @@ SAID = {
     },
     "mistral": {}, "mixtral": {}, "qwen2": {}, "qwen2_moe": {"head_dim": 8}, "qwen3": {},
     "qwen3_moe": {},
+    "olmoe": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1
+    },
+    "phi": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25
+        }
+    },
 }  # fmt: skip
 
 
@@ -132,6 +140,19 @@ def test_the_imported_model_computes_what_the_checkpoint_computes(case, tmp_path
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_alone_reads_a_file_as_its_import(family, tmp_path):
+    """Of these families it reads all that a file says, if no frequencies are scaled."""
+    dense = gguf_checkpoint(tmp_path / "dense", family, num_hidden_layers=1)
+    compress(dense, tmp_path / "x.gguf", type="Q4_K", rounding="nearest")
+    import_gguf(tmp_path / "x.gguf", tmp_path / "back", dtype="float32")
+    imported = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    ids = torch.arange(48)[None]
+    with torch.no_grad():
+        assert torch.equal(alone(ids).logits, imported(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmoe"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 def test_the_imported_tokenizer_has_the_tokens_of_the_file_alone(family, named, tmp_path):
     dense = gguf_checkpoint(tmp_path / "dense", family, hidden_size=32, intermediate_size=64)

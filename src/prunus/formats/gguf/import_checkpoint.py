@@ -26,7 +26,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT, Session
 from prunus.formats.gguf.card import imported_card
 from prunus.formats.gguf.file import GgufFile, check_extra, open_gguf
-from prunus.formats.gguf.import_config import restore_constants
+from prunus.formats.gguf.import_config import UNREAD, config_of_unread, restore_constants
 from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
@@ -245,12 +245,19 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
 def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    is_read = file.architecture not in UNREAD
     try:
-        described = complete_config(transformers.AutoConfig.from_pretrained(**source), file)
+        described = complete_config(
+            transformers.AutoConfig.from_pretrained(**source)
+            if is_read
+            else config_of_unread(file),
+            file,
+        )
         _check_size(described, sum(tensor.n_elements for tensor in file.tensors.values()))
         says_bos = {"add_bos_token": True} if adds_bos(file) else {}
         card = imported_card(file, path.name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, **says_bos)
+        kind = transformers.AutoTokenizer if is_read else transformers.PreTrainedTokenizerFast
+        tokenizer = kind.from_pretrained(**source, **says_bos)
         if file.architecture in ARCHITECTURES.values():
             figures = _save_known(described, file, folder, dtype)
         else:

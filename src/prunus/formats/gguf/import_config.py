@@ -11,17 +11,47 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from prunus.formats.fixed import LLAMA_CPP
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.layout import llama3_factors
 
+# Kinds of which transformers reads no file -> their names in transformers ...
+UNREAD = {"olmoe": "olmoe", "phi2": "phi"}
+# ... and their fields -> options.
+_OPTIONS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
 # Tensors by which frequencies are divided: of Llama 3, and of long and short texts.
 _LLAMA_3, _LONG, _SHORT = (
     f"rope_{name}.weight" for name in ("freqs", "factors_long", "factors_short")
 )
 # Positions of the first training that are tried for Llama 3; published models have the first.
 _POSITIONS = [8192, *(2**power for power in range(4, 21))]
+
+
+def config_of_unread(file: GgufFile) -> Any:
+    """The configuration of a file of a kind in `UNREAD`."""
+    prefix = file.architecture
+    found = {option: file.get(f"{prefix}.{field}") for field, option in _OPTIONS.items()}
+    options = {option: value for option, value in found.items() if value is not None}
+    width = options["hidden_size"] // options["num_attention_heads"]
+    share = file.get(f"{prefix}.rope.dimension_count", width) / width
+    base = file.get(f"{prefix}.rope.freq_base", 10000.0)
+    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
+    ids = {f"{x}_token_id": file.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos")}
+    size = {"vocab_size": file.shape("token_embd.weight")[0]}
+    return AutoConfig.for_model(UNREAD[prefix], **options, **size, **ids, rope_parameters=rope)
 
 
 def restore_constants(config: Any, file: GgufFile) -> None:
