@@ -329,7 +329,7 @@ def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
     weighted_OI = weight_OI @ statistics.gram_II
     kept_O = (weighted_OI * found.weight_OI).sum(1) / (weighted_OI * weight_OI).sum(1)
     # A scale that is a power of two cannot hold the factor that makes them as long.
-    assert (kept_O - 1).abs().max() < (0.02 if quantizer.has_power else 0.004)
+    assert (kept_O - 1).abs().max() < (0.02 if quantizer.has_coarse_scale else 0.004)
 
 
 def test_processes_that_share_the_rows_get_the_same_weight():
