@@ -64,7 +64,7 @@ _JOINED = {
     )
     for name in names
 }
-# Weights of NVFP4 times the global scale are below this power of two. So scales that are a 1,700th
+# Weights of NVFP4 times the global scale are below two to this power. So scales down to a 600th
 # of the largest are as exact, and feedback may make the largest weight ten times as large.
 _REACH = 7
 
@@ -288,14 +288,16 @@ class TensorsCodec(Codec):
     def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         """Turn the content of a folder into that of a plain checkpoint; see `Codec`.
 
-        Weights of FP4 are bfloat16, in which those that prunus writes are exact.
+        Weights of FP4 get the dtype of the configuration. In bfloat16 those that prunus writes are
+        exact.
         """
         del config["quantization_config"]
+        of_model = getattr(torch, str(config.get("dtype")), torch.bfloat16)
         for packed in [name for name in tensors if name.endswith(".weight_packed")]:
             key = packed.removesuffix("_packed")
             scale = tensors.get(f"{key}_scale", tensors[packed])
             has_fp4 = tensors[packed].dtype == torch.uint8
-            dtype = torch.bfloat16 if has_fp4 else scale.dtype
+            dtype = of_model if has_fp4 else scale.dtype
             tensors[key] = dense_weight(key, tensors).to(dtype)
 
 
