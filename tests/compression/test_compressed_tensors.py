@@ -16,7 +16,7 @@ from prunus.compression.compress import Compression
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
-from prunus.formats.compressed_tensors import TensorsCodec, integer_type
+from prunus.formats.compressed_tensors import TensorsCodec, fp4_type, integer_type
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CompressionRecord
 from prunus.methods.group_fits import round_in_groups
@@ -31,6 +31,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": VOCABULARY}
 NO_PACKAGE = (
     "not installed: pip install compressed-tensors, which transformers needs for these files"
 )
+FP4 = [{"type": "NVFP4"}, {"type": "MXFP4"}]
 every_size = pytest.mark.parametrize("bits", [4, 8])
 
 
@@ -38,26 +39,40 @@ def compress(dense: Path, out: Path, bits: float | None = 4, **options) -> Compr
     return prunus.compress(dense, out, bits, calibration=token_ids(), batch=2, **options)
 
 
+def described(folder: Path) -> dict:
+    """What the configuration of a result says of its linears."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def e2m1(code: int) -> float:
+    """The number that four bits of FP4 are: a sign, two bits of an exponent, one of a mantissa."""
+    exponent, half = code >> 1 & 3, code & 1
+    magnitude = (1 + half / 2) * 2.0 ** (exponent - 1) if exponent else half / 2
+    return -magnitude if code & 8 else magnitude
+
+
 def unpacked(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a result, each number taken from its bits."""
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
-    found = stored(folder)
+    found, groups = stored(folder), described(folder)["config_groups"].values()
     for name in [name for name in found if name.endswith("weight_packed")]:
         key = name.removesuffix("_packed")
-        packed, scale_OS, shape = (found.pop(f"{key}_{x}") for x in ("packed", "scale", "shape"))
-        words = packed.numpy().view("uint32")
-        values_OI = torch.tensor(
-            [
-                [
-                    int(row[i * bits // 32] >> (i * bits % 32)) % 2**bits - 2 ** (bits - 1)
-                    for i in range(shape[1])
-                ]
-                for row in words
-            ],
-            dtype=scale_OS.dtype,
-        )
-        found[key] = values_OI * scale_OS.repeat_interleave(shape[1] // scale_OS.shape[1], 1)
+        packed, scale_OS = found.pop(name), found.pop(f"{key}_scale")
+        [about] = [x["weights"] for x in groups if {"Linear", key[:-7]} & set(x["targets"])]
+        bits, columns = about["num_bits"], scale_OS.shape[1] * about["group_size"]
+        rows = [int.from_bytes(row.tobytes(), "little") for row in packed.numpy()]
+        codes = [[row >> i * bits & 2**bits - 1 for i in range(columns)] for row in rows]
+        dtype = torch.bfloat16
+        if about["type"] == "int":
+            assert found.pop(f"{key}_shape").tolist() == [len(packed), columns]
+            values_OI, dtype = torch.tensor(codes) - 2 ** (bits - 1), scale_OS.dtype
+        else:
+            values_OI = torch.tensor([[e2m1(code) for code in row] for row in codes])
+            if scale_OS.dtype == torch.uint8:
+                scale_OS = 2.0 ** (scale_OS.double() - 127)
+            else:
+                scale_OS = scale_OS.double() / found.pop(f"{key}_global_scale").double()
+        scale_OI = scale_OS.double().repeat_interleave(about["group_size"], 1)
+        found[key] = (values_OI * scale_OI).to(dtype)
     return found
 
 
@@ -68,8 +83,8 @@ def dense(tmp_path_factory) -> Path:
 
 @every_size
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
-    data, described = given_windows(token_ids())
-    recipe = CompressionRecipe(bits=bits, **described)
+    data, calibration = given_windows(token_ids())
+    recipe = CompressionRecipe(bits=bits, **calibration)
     planned = Compression(dense, None, recipe, RunOptions(**data)).plan().storage.file_bytes()
     record = compress(dense, tmp_path / "out", bits)
     assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
@@ -79,7 +94,7 @@ def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_
         error = float((after[name] - weight).float().norm() / weight.float().norm())
         assert after[name].dtype == weight.dtype
         assert error < (0.15 if bits == 4 else 0.01) if "proj" in name else error == 0, name
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = described(tmp_path / "out")
     weights = config["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (bits, 128, True)
     assert config["ignore"] == ["lm_head", "model.embed_tokens"]
@@ -87,27 +102,30 @@ def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_
     assert "vLLM" in (tmp_path / "out" / "README.md").read_text()
 
 
-@every_size
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_transformers_loads_the_same_weights(bits, dtype, tmp_path):
+@pytest.mark.parametrize("options", [*FP4, {"bits": 4}, {"bits": 8}, {"bits": 3.6}], ids=str)
+def test_transformers_loads_the_same_weights(options, dtype, tmp_path):
     pytest.importorskip("compressed_tensors", reason=NO_PACKAGE)
     dense = tiny_checkpoint(tmp_path / "dense", "llama", dtype, **WIDE)
-    compress(dense, tmp_path / "out", bits)
+    compress(dense, tmp_path / "out", **{"bits": None} | options)
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+    # With `dequantize` version 5.24 takes the first of several types for all linears.
+    settings = CompressedTensorsConfig(dequantize=options != {"bits": 3.6})
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out",
-        dtype="auto",
-        quantization_config=CompressedTensorsConfig(dequantize=True),
+        tmp_path / "out", dtype="auto", quantization_config=settings
     )
-    expected = unpacked(tmp_path / "out")
-    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
-    logits = load_model(tmp_path / "out")(token_ids()).logits
-    assert torch.allclose(logits, model(token_ids()).logits, atol=0.01)
+    # The first tokens unpack all weights, if they are not yet.
+    logits, expected = model(token_ids()).logits, unpacked(tmp_path / "out")
+    found = model.state_dict()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight.to(found[name].dtype)), name
+    ours = load_model(resolve_folder(tmp_path / "out"))(token_ids()).logits
+    assert torch.allclose(ours, logits, atol=0.01)
 
 
-@every_size
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_the_package_reads_the_numbers_that_were_stored(bits):
     quantizer = integer_type(bits, 32, torch.bfloat16)
     weight = round_in_groups(torch.randn(3, 64), quantizer)
@@ -139,7 +157,7 @@ def test_the_bytes_are_those_that_the_package_wrote():
 def test_narrow_models_have_smaller_groups(width, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, hidden_size=width)
     compress(dense, tmp_path / "out", ignore=["*.1.mlp.*"])
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = described(tmp_path / "out")
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == math.gcd(width, 64)
     assert [name for name in config["ignore"] if "proj" in name] == [
         f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")
@@ -153,8 +171,16 @@ def test_narrow_models_have_smaller_groups(width, tmp_path):
 def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
     narrow = tiny_checkpoint(tmp_path / "narrow", "llama", hidden_size=48)
     for model, bits, options, message in (
-        (dense, 3, {}, r"in 4 or 8 bits: for 3 bits name the output OUT\.gguf .* `format` mlx"),
-        (dense, None, {"size": 100_000}, r"the files take [\d.]+ kB with linears in 4 bits"),
+        (dense, 2.1, {}, r"2\.1 bits is not possible in .* its types take 2\.12 to 8\.50 bits"),
+        (
+            dense,
+            None,
+            {"size": 100_000},
+            r"take 2\.12 to .* per weight, and such files [\d.]+ kB to",
+        ),
+        (dense, None, {"size": 10**8}, "100.0 MB is not possible in a compressed-tensors folder"),
+        (dense, 3, {"ignore": ["*.1.*.k_proj"]}, r"join .*1.self_attn.q_proj and .*k_proj, which"),
+        (dense, None, FP4[0] | {"ignore": ["*.1.*.up_proj"]}, "let `ignore` match both or none"),
         (dense, None, {"type": "Q4_K"}, "belong to GGUF files"),
         (dense, 4, {"sparsity": 0.5}, "sparsity is not an option here"),
         (dense, 4, {"head_bits": 4}, "`head_bits`"),
@@ -163,19 +189,69 @@ def test_what_cannot_be_stored_is_refused_before_any_work(dense, tmp_path):
         assert_refused(ValueError, message, compress, model, tmp_path / "out", bits, **options)
 
 
-def test_a_folder_has_this_format_and_a_size_gets_the_most_bits_that_fit(dense, tmp_path):
-    sizes = {}
-    for bits in (4, 8):
-        record = compress(dense, tmp_path / f"{bits}", bits)
-        assert (
-            "format" not in json.loads((tmp_path / f"{bits}" / record.FILE).read_text())["recipe"]
-        )
-        sizes[bits] = sum(map(len, shards(tmp_path / f"{bits}").values()))
-    for size, bits in ((sizes[4], 4), (sizes[8] - 1, 4), (sizes[8], 8), (10**8, 8)):
-        record = compress(dense, tmp_path / f"{size}", None, size=size)
-        assert record.size.after == sizes[bits] <= size
-        assert shards(tmp_path / f"{size}") == shards(tmp_path / f"{bits}")
-        assert f"in {bits} bits" in (tmp_path / f"{size}" / "README.md").read_text()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_size_gets_the_types_of_least_loss_and_joined_linears_share_theirs(dtype, tmp_path):
+    dense, out = tiny_checkpoint(tmp_path / "dense", "llama", dtype, **WIDE), tmp_path / "out"
+    uniform = compress(dense, tmp_path / "uniform")
+    assert set(uniform.types.values()) == {"W4A16"}
+    assert "format" not in json.loads((tmp_path / "uniform" / uniform.FILE).read_text())["recipe"]
+    record = compress(dense, out, None, size=uniform.size.after)
+    assert 0.99 * uniform.size.after < record.size.after <= uniform.size.after
+    assert record.size.after == sum(map(len, shards(out).values()))
+    types = record.types
+    for joined in (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for block in ("model.layers.0", "model.layers.1"):
+            assert len({types[f"{block}.{name}"] for name in joined}) == 1
+    assert len(described(out)["config_groups"]) == len(set(types.values())) > 1
+    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())
+    assert "2 to 8" in (out / "README.md").read_text()
+
+
+def test_all_experts_of_a_block_share_a_type(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral", torch.bfloat16)
+    data, calibration = given_windows(token_ids())
+    recipe = CompressionRecipe(bits=3, **calibration)
+    plan = Compression(dense, None, recipe, RunOptions(**data)).plan()
+    sets = [weight.modules for weight in plan.storage.weights.values()]
+    assert sorted(name for x in sets for name in x) == sorted(plan.selected_linears())
+    for index in (0, 1):
+        [experts] = [x for x in sets if any(f"{index}.mlp.experts.0" in name for name in x)]
+        assert len(experts) == sum(f".{index}.mlp.exp" in x for x in plan.selected_linears()) > 3
+
+
+@pytest.mark.parametrize("options", FP4, ids=str)
+def test_fp4_is_stored_and_described_as_the_package_does(options, dense, tmp_path):
+    out, kind = tmp_path / "out", options["type"]
+    record = compress(dense, out, None, **options)
+    assert record.totals["bits"] == {"NVFP4": 4.5, "MXFP4": 4.25}[kind]
+    config = described(out)
+    assert config["format"] == f"{kind.lower()}-pack-quantized"
+    about = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    about |= {
+        "NVFP4": {
+            "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"
+        },
+        "MXFP4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    }[kind]  # fmt: skip
+    assert config["config_groups"] == {"group_0": {"targets": ["Linear"], "weights": about}}
+    tensors, before = stored(out), stored(dense)
+    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    for name, weight in loaded.items():
+        assert torch.equal(weight, expected[name])
+        assert float((weight - before[name]).norm() / before[name].norm()) < 0.16
+        if f"{name}_packed" in tensors and kind == "NVFP4":
+            assert float(tensors[f"{name}_scale"].float().min()) >= 0
+            joined = name.replace("k_proj", "q_proj").replace("up_proj", "gate_proj")
+            assert tensors[f"{name}_global_scale"] == tensors[f"{joined}_global_scale"]
+    assert {x.dtype for x in prunus.inspect(out).linears} == {kind}
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-36, 1e-20, 1.0, 1e10])
+def test_a_global_scale_suits_weights_of_any_magnitude(magnitude):
+    weight_OI = torch.randn(4, 64) * magnitude
+    rounded = round_in_groups(weight_OI, fp4_type("NVFP4", float(weight_OI.abs().max())))
+    assert float((rounded.dense() - weight_OI).norm()) <= 0.12 * float(weight_OI.norm())
 
 
 @every_size
@@ -200,7 +276,7 @@ def test_integers_of_other_programs_are_left_to_transformers(dense, tmp_path):
     config = json.loads(path.read_text())
     assert reader_of(tmp_path / "out") is TensorsCodec
     weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
-    for change in ({"num_bits": 3}, {"type": "float"}, {"symmetric": False}, {"actorder": "group"}):
+    for change in ({"num_bits": 9}, {"type": "float"}, {"symmetric": False}, {"actorder": "group"}):
         before = dict(weights)
         weights.update(change)
         path.write_text(json.dumps(config))
@@ -229,5 +305,5 @@ def test_weights_that_are_not_whole_are_named(dense, tmp_path):
         folder = shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
         shutil.copy(tmp_path / "x.safetensors", folder / shard.name)
         assert_refused(
-            ValueError, rf"{key} is not stored as integers of 4 or 8 bits", prunus.inspect, folder
+            ValueError, rf"{key} is not stored as integers of 1 to 8 bits", prunus.inspect, folder
         )

@@ -603,7 +603,7 @@ def test_weights_of_any_size_that_fits_are_rounded_to_finite_ones(magnitude):
 def test_weights_that_no_scale_of_a_type_reaches_are_an_error(magnitude):
     weight_OI = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * magnitude
     # Only a scale that is a power of two of eight bits reaches 1e9.
-    for grid in (x for x in TYPES.values() if not x.has_power or magnitude > 1e9):
+    for grid in (x for x in TYPES.values() if not x.has_coarse_scale or magnitude > 1e9):
         with pytest.raises(ValueError, match=f"too large for {grid.name}, which reaches"):
             round_in_groups(weight_OI, grid)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from method_cases import ThreeShards
-from prunus.formats.compressed_tensors import integer_type
+from prunus.formats.compressed_tensors import fp4_type, integer_type
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES, CodebookType, GgufType, type_for
 from prunus.kernels import library as kernels
@@ -21,10 +21,11 @@ from refusals import assert_refused
 
 pytest.importorskip("gguf", reason="the package gguf is the reference, and has the codebooks")
 
-INTEGERS = [integer_type(bits, 128, torch.bfloat16) for bits in (4, 8)]
+PACKED = {f"W{bits}A16": integer_type(bits, 128, torch.bfloat16) for bits in (2, 4, 7, 8)}
+PACKED |= {"NVFP4": fp4_type("NVFP4", 4.0), "MXFP4 of a folder": fp4_type("MXFP4")}
 every_type = pytest.mark.parametrize("quantizer", TYPES.values(), ids=TYPES)
 every_quantizer = pytest.mark.parametrize(
-    "quantizer", [*TYPES.values(), *INTEGERS], ids=[*TYPES, "W4A16", "W8A16"]
+    "quantizer", [*TYPES.values(), *PACKED.values()], ids=[*TYPES, *PACKED]
 )
 CODEBOOKS = [x for x in TYPES.values() if isinstance(x, CodebookType)]
 every_codebook = pytest.mark.parametrize("quantizer", CODEBOOKS, ids=lambda x: x.name)
@@ -171,13 +172,13 @@ def test_weights_of_unused_inputs_are_kept():
 
 
 def test_zeros_stay_zeros():
-    for quantizer in (*TYPES.values(), *INTEGERS):
+    for quantizer in (*TYPES.values(), *PACKED.values()):
         assert not round_in_groups(torch.zeros(2, 256), quantizer).dense().any()
 
 
 @pytest.mark.parametrize(
     "quantizer",
-    [*(TYPES[x] for x in ("Q2_K", "Q3_K", "IQ4_NL", "IQ2_S", "IQ3_S")), INTEGERS[0]],
+    [*(TYPES[x] for x in ("Q2_K", "Q3_K", "IQ4_NL", "IQ2_S", "IQ3_S")), PACKED["W4A16"]],
     ids=lambda x: x.name,
 )
 def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
@@ -328,8 +329,8 @@ def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
     found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
     weighted_OI = weight_OI @ statistics.gram_II
     kept_O = (weighted_OI * found.weight_OI).sum(1) / (weighted_OI * weight_OI).sum(1)
-    # A scale that is a power of two cannot hold the factor that makes them as long.
-    assert (kept_O - 1).abs().max() < (0.02 if quantizer.has_power else 0.004)
+    # A scale of eight bits cannot hold the factor that makes them as long.
+    assert (kept_O - 1).abs().max() < (0.02 if quantizer.has_coarse_scale else 0.004)
 
 
 def test_processes_that_share_the_rows_get_the_same_weight():

@@ -42,7 +42,8 @@ def compress(
         model: A checkpoint folder or a hub id; for a GGUF file also one in full precision.
         output: NAME.gguf for a GGUF file, or a folder, of format compressed-tensors or mlx.
         bits: Bits per weight, with all that belongs to them; None if `size` says how large the
-            whole file may be. With `format` compressed-tensors, 4 or 8.
+            whole file may be. With `format` compressed-tensors, 4 and 8 give all linears these
+            bits, scales not counted.
         calibration: A source of windows, token ids or texts, as for `prunus.prune`.
         recipe: A `CompressionRecipe`, or a TOML file with any of its options.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function

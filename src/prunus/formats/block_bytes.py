@@ -15,6 +15,7 @@ bytes, W words of eight integers. In whole rows, O outputs (rows), S spans of a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -156,6 +157,11 @@ class BlockType(GroupQuantizer):
 
 #: The codes of a quantiser whose spans are single groups.
 ONE = (1, 1)
+#: The values of FP4 (e2m1: a sign, two bits of an exponent, one of a mantissa). Both zeros have a
+#: level.
+FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
+#: The integer of each of them: the sign is its highest bit.
+FP4_ORDER = (*range(15, 7, -1), *range(8))
 
 
 def integers(bits: int) -> tuple[int, ...]:
@@ -167,7 +173,9 @@ def integers(bits: int) -> tuple[int, ...]:
     return tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
 
 
-def scaled(data_OB: Tensor, bits: int, scale_OS: Tensor, bias_OS: Tensor) -> Tensor:
+def scaled(
+    data_OB: Tensor, bits: int, scale_OS: Tensor, bias_OS: Tensor, values: Sequence[float] = ()
+) -> Tensor:
     """Weights scale · integer + bias of a stream of bits, float32 (O, I).
 
     Args:
@@ -175,8 +183,12 @@ def scaled(data_OB: Tensor, bits: int, scale_OS: Tensor, bias_OS: Tensor) -> Ten
         bits: The bits of an integer, at most 8.
         scale_OS: The scales of the groups of each row, in any float dtype.
         bias_OS: Their biases.
+        values: The number that each integer stands for; empty if it stands for itself.
     """
-    integers_OSC = _from_stream(data_OB, bits).float().unflatten(1, (scale_OS.shape[1], -1))
+    numbers_OI = _from_stream(data_OB, bits)
+    if values:
+        numbers_OI = scale_OS.new_tensor(values, dtype=torch.float32)[numbers_OI.int()]
+    integers_OSC = numbers_OI.float().unflatten(1, (scale_OS.shape[1], -1))
     return integers_OSC.mul_(scale_OS[..., None]).add_(bias_OS[..., None]).flatten(1)
 
 

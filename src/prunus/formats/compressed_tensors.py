@@ -1,11 +1,21 @@
 """Compress to the format of the package compressed-tensors, for vLLM and SGLang on GPUs.
 
-A weight is value · scale: value is an integer of 4 or 8 bits, and a group of inputs of a row has a
-scale. The result is a checkpoint folder with these tensors for each linear:
+A weight is value · scale, and a group of inputs of a row has a scale. The result is a checkpoint
+folder. If values are integers of 2 to 8 bits, it has these tensors for each linear:
 
-    weight_packed   int32 (O, I · bits / 32), from low to high bits, counted from the lowest value
+    weight_packed   int32 (O, I · bits / 32), counted from the lowest value: a stream from low to
+                    high bits, so that some values reach from one word into the next
     weight_scale    (O, S), of the dtype of the weight in the source
     weight_shape    int64, (O, I)
+
+If they are the sixteen values of FP4:
+
+    weight_packed        uint8 (O, I / 2), the first of two values in the low bits
+    weight_scale         MXFP4: uint8 (O, S), the exponent of a power of two, plus 127
+                         NVFP4: float8_e4m3fn (O, S), what is divided by the global scale
+    weight_global_scale  NVFP4 alone: float32 (1,)
+
+Programs join some linears to one, such as query, key and value. These have one type.
 
 Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row, K bytes of a group.
 """
@@ -13,31 +23,54 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from prunus.formats.block_bytes import ONE, BlockType, Field, integers, scaled
+from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers, scaled
 from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
-from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import read_json
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
-# What configurations call the format.
-_METHOD = "compressed-tensors"
-# The bits that those kernels know, the smallest first.
-_BITS = (4, 8)
+# What configurations call the format, and how linears of integers are stored in it.
+_METHOD, _PACKED = "compressed-tensors", "pack-quantized"
+# The bits of integers, and those that Marlin knows: all linears have them if `bits` is one of them.
+_BITS, _UNIFORM = (2, 3, 4, 5, 6, 7, 8), (4, 8)
+# The types of FP4 -> the columns that share a scale.
+_FP4_GROUPS = {"NVFP4": 16, "MXFP4": 32}
+# How linears are stored -> the bits and the kind of their values.
+_STORED = {
+    _PACKED: [(bits, "int") for bits in range(1, 9)],
+    **{f"{name.lower()}-{_PACKED}": [(4, "float")] for name in _FP4_GROUPS},
+}
+# Names of linears that programs join to one, each with those that it joins.
+_JOINED = {
+    name: names
+    for names in (
+        ("q_proj", "k_proj", "v_proj"),
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        ("gate_proj", "up_proj"),
+        ("w1", "w3"),
+        ("in_proj_qkv", "in_proj_z"),
+        ("in_proj_b", "in_proj_a"),
+    )
+    for name in names
+}
+# Weights of NVFP4 times the global scale are below two to this power. So scales down to a 600th
+# of the largest are as exact, and feedback may make the largest weight ten times as large.
+_REACH = 7
 
 
-class IntegerType(BlockType):
-    """Integers with a scale for each group, stored as the group's scale and its integers."""
+class PackedType(BlockType):
+    """Values with a scale for each group, stored as the group's scale and the values' integers."""
 
     def zero_point(self, numbers: tuple[float, ...]) -> int:
         """Always 0."""
@@ -45,23 +78,48 @@ class IntegerType(BlockType):
         return 0
 
 
-def integer_type(bits: int, group: int, dtype: torch.dtype) -> IntegerType:
-    """The integers of 4 or 8 bits with a scale for each group of columns.
+def integer_type(bits: int, group: int, dtype: torch.dtype, name: str = "") -> PackedType:
+    """The integers of some bits with a scale for each group of columns.
 
     Args:
-        bits: 4 or 8.
+        bits: From 2 to 8.
         group: The number of columns that share a scale.
         dtype: The dtype of scales, of two bytes.
+        name: The name of the type; empty for that of its bits alone.
 
     >>> integer_type(4, 128, torch.bfloat16).bits
     4.125
     """
-    layout = (Field("d"), Field("levels", bits, 1))
-    return IntegerType(f"W{bits}A16", group, group, integers(bits), ONE, layout, dtype=dtype)
+    layout = (Field("d"), Field("levels", bits, 0))
+    name = name or f"W{bits}A16"
+    return PackedType(name, group, group, integers(bits), ONE, layout, dtype=dtype)
+
+
+def fp4_type(name: str, largest: float = 1.0) -> PackedType:
+    """NVFP4 or MXFP4.
+
+    The code of every group is 1 / the global scale, which is a power of two: so all weights are
+    exact in bfloat16.
+
+    Args:
+        name: The name of the type.
+        largest: The largest magnitude of the weights that share the global scale.
+
+    >>> fp4_type("NVFP4").bits, fp4_type("MXFP4").bits
+    (4.5, 4.25)
+    """
+    group, dtype, code = _FP4_GROUPS[name], torch.float8_e8m0fnu, 1.0
+    if name == "NVFP4":
+        # Scales of weights that are nearly zero stay in the range of float32.
+        dtype, code = torch.float8_e4m3fn, 2.0 ** (max(math.frexp(largest)[1], -100) - _REACH)
+    layout = (Field("d", 8), Field("levels", 4, 0))
+    return PackedType(name, group, group, FP4, (code, code), layout, dtype=dtype, order=FP4_ORDER)
 
 
 def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """A weight that `TensorsCodec.encode` has stored, float32 (O, I); its parts leave `tensors`.
+
+    Also one of another program with integers of 1 to 8 bits, and groups of any size.
 
     Args:
         key: The name of the weight.
@@ -70,36 +128,57 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     Raises:
         ValueError: The tensors do not belong together.
     """
-    packed, scale_OS, shape = (
-        tensors.pop(f"{key}_{part}", torch.empty(0)) for part in ("packed", "scale", "shape")
+    packed, scale_OS, shape, factor = (
+        tensors.pop(f"{key}_{part}", torch.empty(0))
+        for part in ("packed", "scale", "shape", "global_scale")
     )
+    has_fp4 = packed.dtype == torch.uint8
+    if has_fp4:
+        shape = torch.tensor([len(packed), 2 * packed.shape[-1]])
+        scale_OS = (
+            scale_OS.view(torch.float8_e8m0fnu) if scale_OS.dtype == packed.dtype else scale_OS
+        )
     rows, columns = shape.tolist() if shape.shape == (2,) else (0, 0)
     spans = scale_OS.shape[-1] if scale_OS.shape == (rows, *scale_OS.shape[1:2]) else 0
-    bits = next((x for x in _BITS if packed.shape == (rows, columns * x // 32)), 0)
-    of_types = packed.dtype == torch.int32 and scale_OS.dtype.is_floating_point
-    # Rows end with a word, and consist of whole groups.
+    words = {x: -(-columns * x // (8 * packed.dtype.itemsize)) for x in range(1, 9)}
+    bits = 4 if has_fp4 else next((x for x in words if packed.shape == (rows, words[x])), 0)
+    of_types = packed.dtype in (torch.int32, torch.uint8) and scale_OS.dtype.is_floating_point
+    # Rows consist of whole bytes and groups.
     if not (bits and spans and rows and of_types) or columns % 8 or columns % spans:
         raise ValueError(
-            f"{key} is not stored as integers of 4 or 8 bits with a scale for each group of inputs"
+            f"{key} is not stored as integers of 1 to 8 bits, or as FP4, with a scale for each "
+            "group of inputs"
         )
+    data_OB = packed.view(torch.uint8)[:, : columns * bits // 8]
+    if has_fp4:
+        by_code = sorted(zip(FP4_ORDER, FP4, strict=True))
+        scale_OS = scale_OS.float() / (factor.float() if factor.numel() else 1)
+        values = [value for _, value in by_code]
+        return scaled(data_OB, bits, scale_OS, torch.zeros_like(scale_OS), values)
     lowest = -(2 ** (bits - 1))
-    return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest)
+    return scaled(data_OB, bits, scale_OS, scale_OS.float() * lowest)
 
 
-def _is_plain(group: Any) -> bool:
-    """Whether an entry of `config_groups` is of weights as `dense_weight` reads them."""
+def _is_plain(group: Any, stored: Any) -> bool:
+    """Whether an entry of `config_groups` is of weights as `dense_weight` reads them.
+
+    Args:
+        group: The entry.
+        stored: The `format` of the folder, which the entry may replace.
+    """
     weights = group.get("weights") if isinstance(group, dict) else None
     return (
         isinstance(weights, dict)
         and not group.get("input_activations")
         and not weights.get("actorder")
-        and (weights.get("num_bits"), weights.get("type")) in [(bits, "int") for bits in _BITS]
+        and (weights.get("num_bits"), weights.get("type"))
+        in _STORED.get(group.get("format") or stored, [])
         and weights.get("symmetric") is True
     )
 
 
 class TensorsCodec(Codec):
-    """A checkpoint folder in this format. All linears have the same bits."""
+    """A checkpoint folder in this format."""
 
     PROGRAMS: ClassVar[dict[str, str]] = {
         "prunus": 'prunus generate OUT --prompt "Hello"',
@@ -108,93 +187,156 @@ class TensorsCodec(Codec):
 
     @classmethod
     def plan(cls, given: Given) -> SizePlan:
-        """All linears, in the bits that are asked for or the most with which the files fit.
+        """All linears, in one type that is asked for, or in those of least loss for the size.
 
         Embeddings and head stay as they are.
+
+        Raises:
+            ValueError: An option is for other formats, widths are no whole groups, linears that
+                programs join would have several types, or the types do not reach the bits or the
+                size.
         """
-        recipe = given.recipe
-        lower = "name the output OUT.gguf for a GGUF file, or choose `format` mlx"
-        given.refuse_gguf_options(takes_nearest=True)
-        if recipe.bits is not None and recipe.bits not in _BITS:
-            raise ValueError(
-                f"a folder of format compressed-tensors stores linears in 4 or 8 bits: for "
-                f"{recipe.bits:g} bits {lower}"
-            )
+        recipe, linears = given.recipe, given.linears
+        given.refuse_gguf_options(takes_nearest=True, types=_FP4_GROUPS)
         if recipe.head_bits not in (None, "none"):
             raise ValueError(
                 "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
             )
-        linears = given.linears
-        given.check_widths(list(linears), _GROUPS[-1])
-        # The largest number that divides the width of each linear.
-        widths = [linear.shape[1] for linear in linears.values()]
-        group = next(x for x in _GROUPS if not any(width % x for width in widths))
+        given.check_widths(list(linears), _FP4_GROUPS.get(recipe.type or "", _GROUPS[-1]))
+        is_uniform = recipe.bits in _UNIFORM
+        sets = _joined(given, splits=is_uniform)
+        of_all = _groups_of(given, linears)
 
-        def planned(bits: int) -> SizePlan:
-            weights = [
-                given.typed(name, [integer_type(bits, group, given.scale_dtype(name))])
-                for name in linears
+        def types_of(names: Sequence[str]) -> list[PackedType]:
+            """The types of linears that have one together, the smallest first."""
+            dtype = given.scale_dtype(names[0])
+            if recipe.type is not None:
+                weights = (given.source.weight(f"{name}.weight") for name in names)
+                largest = max(float(weight.abs().max()) for weight in weights)
+                return [fp4_type(recipe.type, largest)]
+            if is_uniform:
+                return [integer_type(int(recipe.bits or 0), of_all[0], dtype)]
+            groups = _groups_of(given, names)
+            return [
+                integer_type(bits, group, dtype, f"W{bits}A16-g{group}")
+                for bits in _BITS
+                for group in groups
             ]
-            words = CardWords(
-                f"with its linears in {bits} bits and a scale for each {group} inputs of a row "
-                f"(W{bits}A16), in the format of the package compressed-tensors. The folder is for "
-                "vLLM and SGLang, and for transformers with the package compressed-tensors.",
-                cls.PROGRAMS,
-                ["compressed-tensors", f"{bits}-bit"],
-            )
-            return folder_plan(given, weights, cls.encode, words=words, configure=_config)
 
-        if recipe.size is None:
-            return planned(int(recipe.bits or _BITS[0]))
-        plans = [planned(bits) for bits in _BITS]
-        if (least := plans[0].file_bytes()) > recipe.size:
-            raise ValueError(
-                f"{in_bytes(recipe.size)} is not possible: the files take {in_bytes(least)} with "
-                f"linears in {_BITS[0]} bits, the fewest that compressed-tensors has. For less, "
-                f"{lower}"
-            )
-        return [plan for plan in plans if plan.file_bytes() <= recipe.size][-1]
+        weights = []
+        for names in sets:
+            # Scales are two bytes longer if the checkpoint is stored in float32.
+            beyond = given.source.weight_dtype(names[0]).itemsize - 2
+            weights.append(given.typed(names, types_of(names), beyond))
+        if recipe.type is not None:
+            what = f"{recipe.type}, FP4 with a scale for each {_FP4_GROUPS[recipe.type]} inputs"
+            tags = [recipe.type.lower()]
+        elif is_uniform:
+            what = f"{recipe.bits:g} bits and a scale for each {of_all[0]} inputs of a row"
+            what, tags = f"{what} (W{recipe.bits:g}A16)", [f"{recipe.bits:g}-bit"]
+        else:
+            what = "{bits} bits per weight: each has the bits (2 to 8) and groups of least loss"
+            tags = []
+        words = CardWords(
+            f"with its linears in {what}, in the format of the package compressed-tensors. The "
+            "folder is for vLLM and SGLang, and for transformers with the package "
+            "compressed-tensors.",
+            cls.PROGRAMS,
+            ["compressed-tensors", *tags],
+        )
+        result = None if len(weights[0].quantizers) == 1 else "a compressed-tensors folder"
+        return folder_plan(given, weights, cls.encode, result, words=words, configure=_config)
 
     @staticmethod
     def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The three tensors of a linear, see the top of this file; scales have its dtype."""
+        """The tensors of a linear, see the top of this file; scales of integers have its dtype."""
         quantizer = weight.quantizer
-        assert isinstance(quantizer, IntegerType)
+        assert isinstance(quantizer, PackedType)
         scale_OS, values_OB = quantizer.separate(weight.data_OB)
-        rows, spans = scale_OS.shape
-        return {
-            f"{key}_packed": values_OB.view(torch.int32),
-            f"{key}_scale": scale_OS.to(dtype),
-            f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
-        }
+        if quantizer.values != FP4:
+            rows, spans = scale_OS.shape
+            return {
+                f"{key}_packed": values_OB.view(torch.int32),
+                f"{key}_scale": scale_OS.to(dtype),
+                f"{key}_shape": torch.tensor([rows, spans * quantizer.span]),
+            }
+        packed = {f"{key}_packed": values_OB}
+        if quantizer.dtype == torch.float8_e8m0fnu:
+            return packed | {f"{key}_scale": scale_OS.view(torch.uint8)}
+        factor = torch.tensor([1 / quantizer.codes[0]])
+        return packed | {f"{key}_scale": scale_OS, f"{key}_global_scale": factor}
 
     @staticmethod
     def decode(
         key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
     ) -> torch.Tensor:
-        """The dense weight of a linear; its three tensors leave `tensors`."""
+        """The dense weight of a linear; its tensors leave `tensors`."""
         return dense_weight(key, tensors)
 
     @staticmethod
     def owns(path: Path) -> bool:
-        """Whether the configuration of a folder describes such integers, also another program's."""
+        """Whether the configuration of a folder describes such values, also another program's."""
         described = read_json(path / "config.json")["quantization_config"]
         groups = described.get("config_groups")
         return (
             described.get("quant_method") == _METHOD
-            and described.get("format") == "pack-quantized"
             and isinstance(groups, dict)
-            and all(_is_plain(group) for group in groups.values())
+            and all(_is_plain(group, described.get("format")) for group in groups.values())
         )
 
     @staticmethod
     def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """Turn the content of a folder into that of a plain checkpoint; see `Codec`."""
+        """Turn the content of a folder into that of a plain checkpoint; see `Codec`.
+
+        Weights of FP4 get the dtype of the configuration. In bfloat16 those that prunus writes are
+        exact.
+        """
         del config["quantization_config"]
+        of_model = getattr(torch, str(config.get("dtype")), torch.bfloat16)
         for packed in [name for name in tensors if name.endswith(".weight_packed")]:
             key = packed.removesuffix("_packed")
             scale = tensors.get(f"{key}_scale", tensors[packed])
-            tensors[key] = dense_weight(key, tensors).to(scale.dtype)
+            has_fp4 = tensors[packed].dtype == torch.uint8
+            dtype = of_model if has_fp4 else scale.dtype
+            tensors[key] = dense_weight(key, tensors).to(dtype)
+
+
+def _joined(given: Given, splits: bool) -> list[list[str]]:
+    """The linears that are compressed; those that programs join are together.
+
+    Experts of a block are joined with each other.
+
+    Args:
+        given: What is planned for.
+        splits: Whether some of those that programs join may be compressed without the others.
+
+    Raises:
+        ValueError: They would be, and must not.
+    """
+    skeleton, sets = given.skeleton, defaultdict[str, list[str]](list)
+    for index in range(len(skeleton)):
+        for linear in skeleton.linears(index):
+            name = f"{skeleton.block_name(index)}.{linear.name}"
+            parent, _, leaf = name.rpartition(".")
+            experts, is_expert, _ = name.partition(".experts.")
+            sets[experts if is_expert else f"{parent}.{_JOINED.get(leaf, leaf)}"].append(name)
+    chosen = []
+    for names in sets.values():
+        some = [name for name in names if name in given.linears]
+        if len(some) not in (0, len(names)) and not splits:
+            other = next(name for name in names if name not in given.linears)
+            raise ValueError(
+                f"vLLM and SGLang join {some[0]} and {other}, which need one type, and only the "
+                "first would be compressed: let `ignore` match both or none"
+            )
+        chosen += [some] if some else []
+    return chosen
+
+
+def _groups_of(given: Given, names: Iterable[str]) -> list[int]:
+    """The sizes of groups that divide the widths of all these linears, the largest first."""
+    widths = [given.linears[name].shape[1] for name in names]
+    return [x for x in _GROUPS if not any(width % x for width in widths)]
 
 
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
@@ -207,18 +349,42 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
     for key, info in source.checkpoint.tensors.items():
         if key.endswith(".weight") and len(info.shape) == 2 and key not in rounded:
             dense.append(key.removesuffix(".weight"))
-    kind = next(iter(kinds.values()))
-    bits = int(math.log2(len(kind.values)))
-    weights = {"num_bits": bits, "type": "int", "symmetric": True}
-    weights |= {"strategy": "group", "group_size": kind.group, "dynamic": False}
+    # Of each type the names of its linears, as the checkpoint has them too.
+    targets, by_name = defaultdict[str, set[str]](set), dict[str, GroupQuantizer]()
+    for name, kind in kinds.items():
+        by_name[kind.name] = kind
+        targets[kind.name] |= {name, source.weight_key(name).removesuffix(".weight")}
+    groups = {
+        f"group_{number}": {
+            "targets": sorted(targets[name]) if len(by_name) > 1 else ["Linear"],
+            "weights": _arguments(by_name[name]),
+        }
+        for number, name in enumerate(sorted(by_name))
+    }
+    stored = next(iter(by_name))
     described = {
         "quant_method": _METHOD,
-        "format": "pack-quantized",
+        "format": f"{stored.lower()}-{_PACKED}" if stored in _FP4_GROUPS else _PACKED,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": sorted(set(dense)),
     }
     config = read_json(source.checkpoint.folder / "config.json")
     # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
     tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
     return {**config, **tied, "quantization_config": described}
+
+
+def _arguments(kind: GroupQuantizer) -> dict[str, object]:
+    """What configurations say of a type, in the words of the package."""
+    bits = int(math.log2(len(kind.values)))
+    of_all = {"symmetric": True, "strategy": "group", "group_size": kind.group, "dynamic": False}
+    if kind.name not in _FP4_GROUPS:
+        return {"num_bits": bits, "type": "int", **of_all}
+    in_fp8 = kind.dtype == torch.float8_e4m3fn
+    of_scales = (
+        {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+        if in_fp8
+        else {"scale_dtype": "torch.uint8"}
+    )
+    return {"num_bits": bits, "type": "float", **of_all, **of_scales}

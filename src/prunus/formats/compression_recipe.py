@@ -21,8 +21,9 @@ class CompressionRecipe(LinearOptions):
         bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
         size: The most bytes of the files with weights; None with `bits` or `type`.
         format: The format of a folder. The name of a file implies its own.
-        type: The GGUF type of all linears, or a file with the type of each tensor: a GGUF file, or
-            a list as llama-quantize takes it. None with `bits` or `size`.
+        type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder; or a file with the
+            type of each tensor of a GGUF file: another one, or a list as llama-quantize takes it.
+            None with `bits` or `size`.
         template: A GGUF file of the same model in full precision, as llama.cpp's converter makes
             it. The result has its tensors, fields and tokenizer. None takes what is known of the
             family.
@@ -85,7 +86,8 @@ class CompressionRecipe(LinearOptions):
     type: Annotated[
         str | None,
         Option(
-            "Store linears as a GGUF type, such as Q4_K, or all tensors as FILE has them.",
+            "Store linears as a GGUF type, such as Q4_K, or as NVFP4 or MXFP4 in a folder, or all "
+            "tensors of a GGUF file as FILE has them.",
             metavar="TYPE",
         ),
     ] = None

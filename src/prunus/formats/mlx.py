@@ -114,7 +114,7 @@ class MlxCodec(Codec):
         given.refuse_gguf_options()
         names = [*given.linears, *sorted(given.outside)]
         given.check_widths(names, _GROUPS[-1])
-        weights = [given.typed(name, _types(given, name)) for name in names]
+        weights = [given.typed([name], _types(given, name)) for name in names]
         words = CardWords(
             "in the format of MLX, with {bits} bits per weight in its linears. Each weight has "
             "the bits (2 to 8) and the size of groups that lose the least for the size. mlx-lm and "

@@ -134,7 +134,7 @@ class Given:
                     "`head_bits` none"
                 )
 
-    def refuse_gguf_options(self, takes_nearest: bool = False) -> None:
+    def refuse_gguf_options(self, takes_nearest: bool = False, types: Collection[str] = ()) -> None:
         """Refuse the options of GGUF files.
 
         Args:
@@ -144,19 +144,32 @@ class Given:
             ValueError: The recipe has one of them.
         """
         recipe, nearest = self.recipe, self.recipe.rounding == "nearest" and not takes_nearest
-        if recipe.type or recipe.template or recipe.fast_on or nearest:
+        of_gguf = recipe.type not in (None, *types) or recipe.template or recipe.fast_on
+        if of_gguf or nearest:
             raise ValueError(
                 "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
                 "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
-                "out. `rounding` nearest is for compressed-tensors too"
+                "out. `rounding` nearest, and `type` NVFP4 or MXFP4, are for compressed-tensors too"
             )
 
-    def typed(self, name: str, quantizers: Sequence[GroupQuantizer]) -> TypedWeight:
-        """The weight of a module that has a type of its own, one of `quantizers`."""
-        shape = self.source.checkpoint.tensors[self.source.weight_key(name)].shape
-        sizes = [quantizer.nbytes_of(math.prod(shape)) for quantizer in quantizers]
-        kept = lossless_type(self.sample(name), quantizers)
-        return TypedWeight([name], tuple(shape), quantizers, sizes, lossless=kept)
+    def typed(
+        self, names: Sequence[str], quantizers: Sequence[GroupQuantizer], beyond: int = 0
+    ) -> TypedWeight:
+        """The weight of modules that have a type together, one of `quantizers`.
+
+        Args:
+            names: The modules.
+            quantizers: The types.
+            beyond: How many more bytes than in its type a span takes in the result.
+        """
+        tensors = self.source.checkpoint.tensors
+        shapes = [tuple(tensors[self.source.weight_key(name)].shape) for name in names]
+        count = sum(map(math.prod, shapes))
+        sizes = [kind.nbytes_of(count) + count // kind.span * beyond for kind in quantizers]
+        shape = shapes[0] if len(shapes) == 1 else (count,)
+        kept, *others = [lossless_type(self.sample(name), quantizers) for name in names]
+        lossless = kept if all(kind is kept for kind in others) else None
+        return TypedWeight(names, shape, quantizers, sizes, lossless=lossless)
 
     def shards(
         self, weights: Mapping[str, TypedWeight], encode: Encode, left_out: Collection[str] = ()
@@ -173,7 +186,11 @@ class Given:
             left_out: See `SizePlan`.
         """
         source = self.source
-        modules = {source.weight_key(name): name for name in weights}
+        kinds = {
+            source.weight_key(name): weight.quantizers[-1]
+            for weight in weights.values()
+            for name in weight.modules
+        }
         copies = {x for name, keys in self.outside.items() if name in weights for x in keys[1:]}
         copies.update(left_out)
         outside = [key for key in source.outside_keys() if key not in copies]
@@ -183,10 +200,9 @@ class Given:
             shards.append({})
             for key in keys:
                 info = source.checkpoint.tensors[key]
-                if key not in modules:
+                if (kind := kinds.get(key)) is None:
                     shards[-1][key] = info
                     continue
-                kind = weights[modules[key]].quantizers[-1]
                 size = info.shape[0], kind.nbytes_of(info.shape[1])
                 data_OB = torch.empty(size, dtype=torch.uint8, device="meta")
                 shards[-1] |= encode(key, GroupedWeight(kind, data_OB), info.dtype)
@@ -203,8 +219,9 @@ class TypedWeight:
 
     Attributes:
         modules: The names of the modules that have it or a part of it: all experts of a block have
-            one tensor in a GGUF file.
-        shape: Rows of all modules together, and columns last.
+            one tensor in a GGUF file, and vLLM joins query, key and value.
+        shape: Rows of all modules together, and columns last; of several with a tensor each the
+            number of all weights alone.
         quantizers: The types.
         nbytes: The bytes of the weight in each of them.
         lossless: The smallest of the types whose values the weight has already, as far as a few
@@ -273,9 +290,10 @@ class SizePlan(Storage):
             count = weights_in(self.weights)
             bits = " to ".join(f"{8 * nbytes / count:.2f}" for nbytes in (least, most))
             sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in (least, most))
+            head = ", with embeddings and head" if self.outside else ""
             raise ValueError(
                 f"{self.given.recipe.target} is not possible in {result} of this model: its types "
-                f"take {bits} bits per weight, with embeddings and head, and such files {sizes}"
+                f"take {bits} bits per weight{head}, and such files {sizes}"
             )
 
     def choose(self, measurement: Measurement) -> TypeChoice:

@@ -4,7 +4,7 @@ The goal is a small weighted error Σ w·(x − d·code·value + dmin·minimum)�
 group gets its best real step and minimum, found among a few tens of candidates: each candidate
 rounds the weights, and least squares gives the step (and the minimum) that suit the rounded values
 best. Then d and dmin are chosen so that the codes cover all groups. At last the codes near the real
-steps are tried, and d and dmin are fitted again by least squares. A step that is a power of two is
+steps are tried, and d and dmin are fitted again by least squares. A step whose d has eight bits is
 the best of a few that follow each other.
 
 Least squares for one group have two unknowns, the step s and the offset o (the minimum times dmin):
@@ -42,9 +42,13 @@ _MOVES = tuple(quarters / 4 for quarters in range(-4, 5))
 _SHARES = tuple(1 - parts / 32 for parts in range(16))
 # How often codes and d are fitted in turn.
 _ROUNDS = 2
-# Candidates for a step that is a power of two, as multiples of one with which the largest weight is
-# near the extreme value. With smaller steps it is cut off, and small weights are more exact.
-_POWERS = (2.0, 1.0, 0.5, 0.25, 0.125)
+# Candidates for a d of eight bits, as multiples of one with which the largest weight is near the
+# extreme value. With smaller steps it is cut off, and small weights are more exact. With larger
+# ones it can be near another value.
+_FACTORS = {
+    torch.float8_e8m0fnu: (2.0, 1.0, 0.5, 0.25, 0.125),
+    torch.float8_e4m3fn: tuple(parts / 16 for parts in range(9, 26)),
+}
 # Weights that are rounded at once: few enough for the cache of a processor.
 _ELEMENTS = 2**19
 
@@ -147,7 +151,7 @@ def _fit_span(
     return scales, fit.nearest(scales)[1].to(torch.uint8)
 
 
-def _common_factor(real_GO: Tensor, lowest: int, highest: int) -> Tensor:
+def _common_factor(real_GO: Tensor, lowest: float, highest: float) -> Tensor:
     """d (O,), exact in float16, for which d · code in the range is close to all numbers of a row.
 
     Args:
@@ -206,11 +210,12 @@ class SpanFit:
         lowest, highest = quantizer.codes
         if lowest == highest:
             # The span is a single group: d and dmin are its step and its offset.
-            d_O, dmin_O = quantizer.stored(step_GO[0]), offset_GO[0]
+            d_O, dmin_O = quantizer.stored(step_GO[0] / lowest), offset_GO[0]
             # A power of two is never 0, as the offset is without minima.
             if quantizer.has_minimum:
                 dmin_O = quantizer.stored(dmin_O)
-            return Scales(d_O, dmin_O, torch.ones_like(step_GO), torch.ones_like(offset_GO))
+            codes_GO = torch.full_like(step_GO, lowest)
+            return Scales(d_O, dmin_O, codes_GO, torch.ones_like(offset_GO))
         d_O = _common_factor(step_GO, lowest, highest)
         dmin_O = _common_factor(offset_GO, 0, highest)
         for _ in range(_ROUNDS):
@@ -228,8 +233,8 @@ class SpanFit:
     def fit(self) -> tuple[Tensor, Tensor]:
         """The best real step and offset of every group; an offset is not negative."""
         step_GO, offset_GO = torch.zeros_like(self.sum_GO), torch.zeros_like(self.sum_GO)
-        if self.quantizer.has_power:
-            return self._best_power(), offset_GO
+        if self.quantizer.has_coarse_scale:
+            return self._best_coarse(), offset_GO
         # By how much the best candidate so far lowers the error of rounding all weights to 0.
         best_GO = torch.zeros_like(self.sum_GO)
         for lowest_GO, inverse_GO in self._candidates():
@@ -245,14 +250,14 @@ class SpanFit:
             )
         return step_GO, offset_GO
 
-    def _best_power(self) -> Tensor:
-        """The power of two of each group (G, O) with which rounded weights have the least error."""
-        quantizer = self.quantizer
-        middle_GO = quantizer.stored(self.weight_GCO.abs().amax(1) / quantizer.values[-1])
-        best_GO, step_GO = torch.full_like(middle_GO, torch.inf), middle_GO.clone()
+    def _best_coarse(self) -> Tensor:
+        """The step of each group (G, O) whose d has eight bits with the least error of weights."""
+        quantizer, code = self.quantizer, self.quantizer.codes[0]
+        middle_GO = quantizer.stored(self.weight_GCO.abs().amax(1) / (quantizer.values[-1] * code))
+        best_GO, step_GO = torch.full_like(middle_GO, torch.inf), middle_GO * code
         one_O, zero_GO = torch.ones_like(middle_GO[0]), torch.zeros_like(middle_GO)
-        for factor in _POWERS:
-            new_GO = quantizer.stored(middle_GO * factor)
+        for factor in _FACTORS[quantizer.dtype]:
+            new_GO = quantizer.stored(middle_GO * factor) * code
             error_GO = self._error(Scales(one_O, one_O, new_GO, zero_GO))
             _take(error_GO < best_GO, (error_GO, best_GO), (new_GO, step_GO))
         return step_GO

@@ -6,9 +6,9 @@ Every row is cut into spans of columns, and a span into groups. A weight of a gr
 
 with d and dmin (floats) of the span, `code` and `minimum` (small integers) of the group, and
 `value`, one of the few values of the quantiser, of the weight. Quantisers without minima have
-dmin = 0. Those whose spans are single groups have code 1, and their d can be a power of two of
-eight bits. The formats of files that store these
-numbers (`prunus.formats`) derive from `GroupQuantizer` and turn them into bytes.
+dmin = 0. Those whose spans are single groups have one code for all, and their d can have eight
+bits: a power of two, or a float of four exact bits. The formats of files that store these numbers
+(`prunus.formats`) derive from `GroupQuantizer` and turn them into bytes.
 
 Shape suffixes: N spans (of all rows), G groups of a span, C columns of a group, B columns of a
 span, O outputs (rows), I inputs (columns), K bytes.
@@ -38,9 +38,10 @@ class GroupQuantizer(ABC):
         group: The number of columns that share a code and a minimum.
         values: The values of a weight in units of its step, ascending. `nearest` needs multiples of
             a half.
-        codes: The lowest and the highest code of a group. A minimum is from 0 to the highest.
-        dtype: The dtype of d and dmin: one of two bytes, or torch.float8_e8m0fnu for a d that is a
-            power of two, of spans of one group without minima.
+        codes: The lowest and the highest code of a group. A minimum is from 0 to the highest. If
+            both are the same, spans are single groups.
+        dtype: The dtype of d and dmin: one of two bytes. Of spans of one group without minima also
+            torch.float8_e8m0fnu, for a d that is a power of two, or torch.float8_e4m3fn.
         columns: The order in which the columns of a weight are stored, and cut into spans; empty
             where they stay in order.
     """
@@ -49,7 +50,7 @@ class GroupQuantizer(ABC):
     span: int
     group: int
     values: tuple[float, ...]
-    codes: tuple[int, int]
+    codes: tuple[float, float]
     dtype: torch.dtype = field(default=torch.float16, kw_only=True)
     columns: tuple[int, ...] = field(default=(), kw_only=True)
 
@@ -59,9 +60,9 @@ class GroupQuantizer(ABC):
         return False
 
     @property
-    def has_power(self) -> bool:
-        """Whether d is a power of two, to which nothing but another one can be multiplied."""
-        return self.dtype == torch.float8_e8m0fnu
+    def has_coarse_scale(self) -> bool:
+        """Whether d has eight bits: so few values that the best is searched for, and then stays."""
+        return self.dtype.itemsize == 1
 
     @property
     def unit(self) -> int:
@@ -242,7 +243,7 @@ def spans_with_gains(
 ) -> Spans:
     """The spans of all rows, row by row, times the gains of the rows; see `output_gain`.
 
-    Scales that are powers of two stay as they are.
+    Scales of eight bits stay as they are.
 
     Args:
         scales: The scales of all spans of a row; the first dimension of each tensor is that of the
@@ -260,7 +261,7 @@ def spans_with_gains(
         minima_NGO.permute(2, 0, 1).flatten(0, 1),
         levels_IO.T.reshape(-1, quantizer.span),
     )
-    if quantizer.has_power:
+    if quantizer.has_coarse_scale:
         return spans
     rounded_OI = spans.dense(quantizer).view(weight_OI.shape)
     gain_N = output_gains(weight_OI, rounded_OI, weighted_OI).repeat_interleave(len(d_NO))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prunus.formats.block_bytes import ONE, BlockType, Field, integers
+from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers
 from prunus.formats.gguf.iq_codebooks import CodebookBlock
 from prunus.hardware.words import did_you_mean
 from prunus.methods.group_quantizer import GroupQuantizer
@@ -69,9 +69,6 @@ _NIBBLES = _levels(4, 16)
 _SIX_BITS = _codes(6, 12)
 # The values of the types with codebooks of two bits, in units of the smallest magnitude.
 _IQ2 = (-5.375, -3.125, -1, 1, 3.125, 5.375)
-# The values of FP4 (e2m1: a sign, two bits of an exponent, one of a mantissa). Both zeros
-# have a level.
-_FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
 # Arguments: name, span, group, values, codes, layout, number, file type, fallback.
 _ALL: tuple[GgufType, ...] = (
     ScalarType("Q4_0", 32, 32, integers(4), ONE, (_D, _NIBBLES), 2, 2),
@@ -109,8 +106,8 @@ _ALL: tuple[GgufType, ...] = (
     # Its scale is a power of two. ggml has twice the values and half the scale, which is the same.
     # The choice by loss has IQ4_XS and IQ4_NL, which lose less at these bits.
     ScalarType(
-        "MXFP4", 32, 32, _FP4, ONE, (Field("d", 8), _NIBBLES), 39, 38, is_chosen=False,
-        dtype=torch.float8_e8m0fnu, order=(*range(15, 7, -1), *range(8)),
+        "MXFP4", 32, 32, FP4, ONE, (Field("d", 8), _NIBBLES), 39, 38, is_chosen=False,
+        dtype=torch.float8_e8m0fnu, order=FP4_ORDER,
     ),
     # Its scale may be negative: then the values are −2 to 1.
     ScalarType(
