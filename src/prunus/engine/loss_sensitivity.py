@@ -308,16 +308,19 @@ def _gradient_of_loss(
         rows, sums = [], measurement.sums(head, stream.device, factor)
         generator = torch.Generator().manual_seed(measurement.seed)
         with _summing(head, sums):
-            # Window by window: logits are large.
+            # Window by window, and without names for what is used once: logits are large.
             for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
                 hidden = hidden.detach().requires_grad_()
                 with torch.enable_grad(), _rounded_products(stream):
-                    logits = skeleton.logits(window_ids.to(hidden.device), hidden)
-                    log_p = logits.flatten(0, -2).float().log_softmax(dim=-1)
-                    probabilities = log_p.detach().exp().cpu()
-                    drawn = torch.multinomial(probabilities, 1, generator=generator)
-                    log_p_drawn = log_p.gather(1, drawn.to(log_p.device))
-                    (factor * log_p_drawn.sum()).backward()
+                    log_p = (
+                        skeleton.logits(window_ids.to(hidden.device), hidden)
+                        .flatten(0, -2)
+                        .float()
+                        .log_softmax(dim=-1)
+                    )
+                    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+                    (factor * log_p.gather(1, drawn.to(log_p.device)).sum()).backward()
+                    del log_p
                 assert hidden.grad is not None
                 rows.append(hidden.grad)
         return torch.cat(rows), sums

@@ -199,17 +199,17 @@ def keep_freed_memory() -> None:
     glibc returns large pieces to the system at once. The system zeroes every page that it hands out
     again. Where every step allocates the same large tensors, this takes a fifth of a training step
     on a CPU. What is kept has gaps: a free piece does not serve for one of its own size, because
-    torch wants aligned addresses. `return_freed_memory` returns it. The function does nothing where
-    the C library is not glibc, and it holds until the process ends.
+    torch wants aligned addresses. `return_freed_memory` returns it. New threads share one heap, so
+    that what the reader of blocks frees serves the computation. The function does nothing where the
+    C library is not glibc, and it holds until the process ends.
     """
-    # M_TRIM_THRESHOLD of malloc.h: from how much free memory on some is returned.
-    trim_threshold = -1
-    # M_MMAP_THRESHOLD: from which size on a piece is mapped apart, and so returned when freed.
-    mmap_threshold = -3
+    # Options of malloc.h: M_ARENA_MAX, how many heaps all threads share; M_MMAP_THRESHOLD, from
+    # which size on a piece is mapped apart, and so returned when freed; M_TRIM_THRESHOLD, from how
+    # much free memory on a heap returns it.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
-        set_option(mmap_threshold, 2**30)
-        set_option(trim_threshold, 2**31 - 1)
+        for option, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):
+            set_option(option, value)
 
 
 def return_freed_memory() -> None:

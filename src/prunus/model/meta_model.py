@@ -133,6 +133,8 @@ def place(
             continue
         if id(old) in as_stored and device.type == value.device.type == "cpu":
             placed[id(old)] = value.detach()
+        elif device.type == "cpu":
+            placed[id(old)] = value.to(device, old.dtype, copy=True)
         else:
             # The tensor is copied as it is stored. The device converts it, which is faster.
             # From pinned memory it is copied while the host continues.
