@@ -211,7 +211,9 @@ def _output_error(
     return (share, None) if gram_II is not None else (None, share)
 
 
-def _energy(rows_RI: Tensor, gram_II: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _energy(
+    rows_RI: Tensor, gram_II: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """tr(R G Rᵀ), float64, for some rows R and the symmetric matrix G.
 
     With parts of the columns it is Σ_i tr(R_i G_ii R_iᵀ) + 2 Σ_{i<j} tr(R_i G_ij R_jᵀ). So a wide
