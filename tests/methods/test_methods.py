@@ -241,6 +241,16 @@ def test_damping_that_is_enough_is_not_raised():
     assert torch.equal(factor_II, factor_II.triu())
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_the_diagonal_of_the_factor_is_the_same_to_the_bit_without_the_factor(damping):
+    for width in (30, 700):
+        gram_II = gather(example(3, width)[1]).gram_II
+        factor_II, notes = inverse_factor(gram_II, damping)
+        diagonal_I, others = inverse_factor(gram_II, damping, diagonal=True)
+        assert torch.equal(diagonal_I, factor_II.diagonal())
+        assert notes == others
+
+
 def test_damping_is_raised_until_the_gram_can_be_inverted():
     _, X_TI = weird_example("duplicates", 1, 30, 0)
     factor_II, notes = inverse_factor(gather(X_TI).gram_II, 0.0)

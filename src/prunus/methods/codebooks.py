@@ -16,6 +16,8 @@ codewords of several spans, K rows of the grid, C columns of a codeword, S signs
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -54,6 +56,13 @@ class CodebookQuantizer(GroupQuantizer):
     def grid_KC(self) -> Tensor:
         """The magnitudes of all codewords, float32."""
 
+    @functools.cached_property
+    def digits_KC(self) -> Tensor:
+        """The grid as the numbers of its magnitudes, from 0 on, int64."""
+        # All values that are negative are below those of the grid.
+        values = self.grid_KC.new_tensor(self.values)
+        return torch.bucketize(self.grid_KC, values) - len(self.values) // 2
+
 
 class CodewordFit:
     """The weights of one span, one group or one unit by codewords; see `group_fits.SpanFit`.
@@ -68,7 +77,8 @@ class CodewordFit:
         quantizer: The codewords and codes to choose from.
         grid_KC: The grid, on the device of the weights.
         weight_BO: The weights.
-        sign_BO: float32, 1 or −1: the sign that the value of a weight will have, mostly its own.
+        negative_BO: bool, whether the value of a weight will be negative, mostly as the weight is.
+        sign_BO: float32, 1 or −1: the sign of that value.
         weighted_WCO: w·|x|, or −w·|x| where the value will have another sign than the weight.
         importance_B1: The importances w of the columns, (B, O) where runs of rows differ.
         importance_WCS: The same, for S runs of rows.
@@ -85,10 +95,18 @@ class CodewordFit:
         if quantizer.has_even_signs:
             # The cheapest sign of eight makes an odd number of negative ones even.
             negative_WSO = negative_BO.unflatten(0, (-1, 8))
-            is_odd_W1O = negative_WSO.sum(1, keepdim=True) % 2 == 1
-            cheapest_W1O = weighted_BO.abs().unflatten(0, (-1, 8)).argmin(1, keepdim=True)
-            flips_WSO = torch.zeros_like(negative_WSO).scatter_(1, cheapest_W1O, is_odd_W1O)
-            negative_BO = (negative_WSO ^ flips_WSO).flatten(0, 1)
+            cost_WSO = weighted_BO.abs().unflatten(0, (-1, 8))
+            is_odd_WO = functools.reduce(operator.xor, negative_WSO.unbind(1))
+            least_WO = cost_WSO.amin(1)
+            # torch.argmin along the signs, and scattering, take thirteen times as long. Of several
+            # that are the cheapest, the first one flips.
+            for negative_WO, cost_WO in zip(
+                negative_WSO.unbind(1), cost_WSO.unbind(1), strict=True
+            ):
+                flips_WO = (cost_WO == least_WO).logical_and_(is_odd_WO)
+                negative_WO ^= flips_WO
+                is_odd_WO ^= flips_WO
+        self.negative_BO = negative_BO
         self.sign_BO = 1.0 - 2.0 * negative_BO
         columns = self.grid_KC.shape[1]
         self.weighted_WCO = (weighted_BO * self.sign_BO).unflatten(0, (-1, columns))
@@ -112,19 +130,26 @@ class CodewordFit:
 
     def nearest(self, scales: Scales) -> tuple[Tensor, Tensor]:
         """The values nearest to the weights, in steps, and their levels, uint8; both (B, O)."""
-        magnitude_WOC = self.grid_KC[self._search(scales.steps()[0])[1]]
-        value_BO = magnitude_WOC.transpose(1, 2).contiguous().flatten(0, 1) * self.sign_BO
-        limits = value_BO.new_tensor(self.quantizer.values)
-        return value_BO, torch.bucketize(value_BO, limits).byte()
+        index_WO = self._search(scales.steps()[0])[1]
+        level_BO = _rows(self.quantizer.digits_KC.to(index_WO.device, torch.uint8), index_WO)
+        # The levels of negative values are half + ~digit, those of the others half + digit.
+        level_BO ^= self.negative_BO.view(torch.uint8) * 255
+        level_BO += len(self.quantizer.values) // 2
+        return _rows(self.grid_KC, index_WO) * self.sign_BO, level_BO
 
     def _best(self, steps: list[Tensor]) -> Tensor:
         """For every group the one of some steps (G, O) that has the least error."""
-        errors = [
-            self._search(step_GO)[0].unflatten(0, (len(step_GO), -1)).sum(1) * step_GO.square()
-            for step_GO in steps
-        ]
-        best_1GO = torch.stack(errors).argmin(0, keepdim=True)
-        return torch.stack(steps).gather(0, best_1GO)[0]
+        best_GO, least_GO = steps[0], self._error(steps[0])
+        for step_GO in steps[1:]:
+            error_GO = self._error(step_GO)
+            best_GO = torch.where(error_GO < least_GO, step_GO, best_GO)
+            least_GO = torch.minimum(error_GO, least_GO)
+        return best_GO
+
+    def _error(self, step_GO: Tensor) -> Tensor:
+        """Half of the error of every group with a step (G, O), less a constant."""
+        least_WO, _ = self._search(step_GO)
+        return least_WO.unflatten(0, (len(step_GO), -1)).sum(1) * step_GO.square()
 
     def _search(self, step_GO: Tensor) -> tuple[Tensor, Tensor]:
         """The least Σ w·v²/2 − Σ w·|x|/s·v of each codeword, and its row of the grid; (W, O)."""
@@ -142,11 +167,18 @@ class CodewordFit:
 
     def _least_squares(self, scales: Scales) -> Tensor:
         """The d (O,) that suits the codes of the groups and their codewords best."""
-        value_BO = self.nearest(scales)[0] * self.sign_BO
+        value_BO = _rows(self.grid_KC, self._search(scales.steps()[0])[1])
         value_GCO = value_BO.unflatten(0, (len(scales.codes_GO), -1)) * scales.codes_GO[:, None]
         value_BO = value_GCO.flatten(0, 1)
         product_O = (self.weighted_WCO.flatten(0, 1) * value_BO).sum(0)
         return over(product_O, (self.importance_B1 * value_BO.square_()).sum(0))
+
+
+def _rows(grid_KC: Tensor, index_WO: Tensor) -> Tensor:
+    """The rows of a grid with these numbers, transposed as weights are, (B, O)."""
+    # Column by column the reads of a grid stay in the cache, and no result must be transposed.
+    columns_CN = grid_KC.T.contiguous().index_select(1, index_WO.flatten())
+    return columns_CN.unflatten(1, index_WO.shape).transpose(0, 1).flatten(0, 1)
 
 
 def find_codewords(

@@ -239,7 +239,7 @@ class SpanFit:
         best_GO = torch.zeros_like(self.sum_GO)
         for lowest_GO, inverse_GO in self._candidates():
             in_steps_GCO = (self.weight_GCO - lowest_GO[:, None]).mul_(inverse_GO[:, None])
-            value_GCO = self.quantizer.nearest(in_steps_GCO)[0]
+            value_GCO = self.quantizer.nearest_values(in_steps_GCO)
             product_GO = (self.weighted_GCO * value_GCO).sum(1)
             new_GO, new_offset_GO = _two_least_squares(
                 *self._value_sums(value_GCO), self.importance_G1, product_GO, self.sum_GO
@@ -305,7 +305,7 @@ class SpanFit:
 
     def refit(self, scales: Scales) -> Scales:
         """d and dmin by least squares, where the weights round to the values that they have now."""
-        value_GCO = self.quantizer.nearest(_in_steps(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest_values(_in_steps(self.weight_GCO, scales))
         code_GO, minimum_GO = scales.codes_GO, scales.minima_GO
         product_GO = (self.weighted_GCO * value_GCO).sum(1)
         square_GO, value_sum_GO = self._value_sums(value_GCO)
@@ -328,7 +328,7 @@ class SpanFit:
     def _error(self, scales: Scales) -> Tensor:
         """The weighted squared error of each group (G, O) when its weights are rounded."""
         step_GO, offset_GO = scales.steps()
-        value_GCO = self.quantizer.nearest(_in_steps(self.weight_GCO, scales))[0]
+        value_GCO = self.quantizer.nearest_values(_in_steps(self.weight_GCO, scales))
         error_GCO = value_GCO.mul_(step_GO[:, None]).sub_(offset_GO[:, None]).sub_(self.weight_GCO)
         return error_GCO.square_().mul_(self.importance_GC1).sum(1)
 

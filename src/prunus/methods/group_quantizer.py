@@ -118,25 +118,40 @@ class GroupQuantizer(ABC):
         Returns:
             (values, levels), of the shape of `places`. Levels are integers of any dtype.
         """
-        lowest, highest = self.values[0], self.values[-1]
         if self.is_even:
-            places.round_().clamp_(lowest, highest)
-            return places, places - lowest
-        values, level_at = _tables(self.values, places.device)
-        # The quarter below a number is the entry of the table that has its nearest value.
-        index = places.mul_(4).floor_().sub_(4 * lowest).clamp_(0, len(level_at) - 1).int()
-        levels = level_at[index]
-        return values[levels], levels
+            values = self.nearest_values(places)
+            return values, values - self.values[0]
+        level_at, value_at = _tables(self.values, places.device)
+        index = self._quarters(places)
+        return _at(value_at, index), _at(level_at, index)
+
+    def nearest_values(self, places: Tensor) -> Tensor:
+        """The values of `nearest` alone, in less time; `places` are overwritten."""
+        if self.is_even:
+            return places.round_().clamp_(self.values[0], self.values[-1])
+        return _at(_tables(self.values, places.device)[1], self._quarters(places))
+
+    def _quarters(self, places: Tensor) -> Tensor:
+        """The entries of `_tables` for some numbers, int32; `places` are overwritten."""
+        # The quarter below a number is the entry that has its nearest value.
+        lowest, highest = 4 * self.values[0], 4 * self.values[-1]
+        return places.mul_(4).floor_().sub_(lowest).clamp_(0, highest - lowest).int()
+
+
+def _at(table_X: Tensor, index: Tensor) -> Tensor:
+    """The entries of a table; `table_X[index]` takes more than twice as long."""
+    return table_X.index_select(0, index.flatten()).view(index.shape)
 
 
 @functools.cache
 def _tables(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values, float32, and the level of the one nearest to each quarter, from the lowest on."""
+    """The level of the value nearest to each quarter, from the lowest on, and the value itself."""
     table = torch.tensor(values, dtype=torch.float32, device=device)
     quarters = torch.arange(4 * values[0], 4 * values[-1] + 1, device=device) / 4
     # Limits between values are multiples of a quarter.
     limits = (table[1:] + table[:-1]) / 2
-    return table, torch.bucketize(quarters, limits, right=True).int()
+    level_at = torch.bucketize(quarters, limits, right=True).int()
+    return level_at, table[level_at]
 
 
 class Spans(NamedTuple):
@@ -162,8 +177,10 @@ class Spans(NamedTuple):
         if quantizer.is_even:
             weight_NB = self.levels_NB.float().add_(quantizer.values[0])
         else:
-            values, _ = _tables(quantizer.values, self.levels_NB.device)
-            weight_NB = values[self.levels_NB.int()]
+            values = torch.tensor(
+                quantizer.values, dtype=torch.float32, device=self.levels_NB.device
+            )
+            weight_NB = _at(values, self.levels_NB.int())
         weight_NGC = weight_NB.unflatten(1, (-1, quantizer.group))
         weight_NGC *= (self.d_N[:, None] * self.codes_NG)[:, :, None]
         if quantizer.has_minimum:

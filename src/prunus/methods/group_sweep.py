@@ -34,7 +34,7 @@ from torch import Tensor
 from prunus.hardware.numerics import low_precision_product
 from prunus.methods.group_fits import fit_scales, round_in_groups, span_fit
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
-from prunus.methods.solvers.obs import TILE, ordered_factor, sweep_columns
+from prunus.methods.solvers.obs import TILE, inverse_factor, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Pruned, RowShard, Work
 
@@ -127,10 +127,11 @@ def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor
     Raises:
         ValueError: The Gram matrix cannot be inverted, see `obs.inverse_factor`.
     """
-    order = ("by norm", lambda norms_I: norms_I.argsort(descending=True, stable=True))
-    damping = DAMPING if damping is None else damping
-    order_I, upper_II, _ = ordered_factor(statistics, damping, order)
-    return torch.empty_like(upper_II[0]).index_copy_(0, order_I, upper_II.diagonal())
+    gram_II, damping = statistics.gram_II, DAMPING if damping is None else damping
+    assert gram_II is not None, "steps need a Gram matrix"
+    order_I = gram_II.diagonal().argsort(descending=True, stable=True)
+    steps_I, _ = inverse_factor(gram_II[order_I][:, order_I], damping, diagonal=True)
+    return torch.empty_like(steps_I).index_copy_(0, order_I, steps_I)
 
 
 def _order(squares_I: Tensor, quantizer: GroupQuantizer) -> Tensor:

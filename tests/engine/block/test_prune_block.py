@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.engine.block import linear as linear_step
 from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
 from prunus.engine.linear_plan import LinearPlan, plan_run
 from prunus.engine.memory_plan import Memory
@@ -265,6 +266,17 @@ def test_the_output_error_of_any_method_can_be_measured_and_changes_no_weight(
     expected = float((outputs - changed).square().sum() / outputs.square().sum())
     error = measured.blocks[0].linears["self_attn.q_proj"].relative_output_error
     assert error == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_output_error_of_a_wide_linear_comes_from_half_of_its_gram_matrix(monkeypatch):
+    X_TI, weight_OI = torch.randn(40, 20), torch.randn(6, 20)
+    rounded_OI, inputs = weight_OI.round(), InputStatistics(20, "gram")
+    inputs.add(X_TI)
+    monkeypatch.setattr(linear_step, "_SYMMETRIC_FROM", 20)
+    error, energy = linear_step._output_error(weight_OI, rounded_OI, inputs, low_precision=False)
+    lost, total = (X_TI @ x.T for x in (weight_OI - rounded_OI, weight_OI))
+    assert error == pytest.approx(float(lost.square().sum() / total.square().sum()), rel=1e-4)
+    assert energy is None
 
 
 def test_a_run_with_the_output_error_is_planned_with_its_memory_and_not_mixed_with_others(

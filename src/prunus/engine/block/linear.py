@@ -37,6 +37,9 @@ LinearRounding = Callable[[str], object]
 #: A model with a larger share of zeros than this was pruned already. Dense checkpoints have next to
 #: no weights that are exactly zero.
 SPARSE = 0.01
+# The columns of a Gram matrix of at least this width are cut into this number of parts, when only
+# one half of it is multiplied. Products with narrower parts would be slow.
+_SYMMETRIC_FROM, _PARTS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -188,20 +191,43 @@ def _output_error(
         before, after = before_OI[span], after_OI[span]
         change = before - after.float()
         if gram_II is not None:
+            exact_II = factor_II if low_precision else gram_II
             terms = (
-                product(change, factor_II if low_precision else gram_II) * change,
-                low_precision_product(before, factor_II) * before,
+                _energy(change, exact_II, product),
+                _energy(before, factor_II, low_precision_product),
             )
         else:
-            terms = change.square_() @ squares_I, before.square() @ squares_I
+            terms = (
+                (change.square_() @ squares_I).sum(dtype=torch.float64),
+                (before.square() @ squares_I).sum(dtype=torch.float64),
+            )
         # Both sums come from the device at once, because the host waits for every number.
-        sums = torch.stack([term.sum(dtype=torch.float64) for term in terms]).tolist()
+        sums = torch.stack(terms).tolist()
         lost += sums[0]
         total += sums[1]
     if gram_II is not None:
         lost, total = sum_floats([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)
+
+
+def _energy(
+    rows_RI: Tensor, gram_II: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """tr(R G Rᵀ), float64, for some rows R and the symmetric matrix G.
+
+    With parts of the columns it is Σ_i tr(R_i G_ii R_iᵀ) + 2 Σ_{i<j} tr(R_i G_ij R_jᵀ). So a wide
+    matrix needs little more than half of the products.
+    """
+    inputs = len(gram_II)
+    step = -(-inputs // _PARTS) if inputs >= _SYMMETRIC_FROM and gram_II.is_cpu else inputs
+    total = gram_II.new_zeros((), dtype=torch.float64)
+    for start in range(0, inputs, step):
+        columns = slice(start, start + step)
+        terms_RI = product(rows_RI[:, columns], gram_II[columns, start:]).mul_(rows_RI[:, start:])
+        terms_RI[:, :step] /= 2
+        total += 2 * terms_RI.sum(dtype=torch.float64)
+    return total
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,6 @@ class CodebookBlock(CodebookQuantizer):
         """The magnitudes of all codewords, float32, from the package `gguf`."""
         return grid(self.name)
 
-    @functools.cached_property
-    def _digits_KC(self) -> Tensor:
-        """The grid as the numbers of its magnitudes, from 0 on."""
-        # All values that are negative are below those of the grid.
-        values = self.grid_KC.new_tensor(self.values)
-        return torch.bucketize(self.grid_KC, values) - len(self.values) // 2
-
     def _key(self, digits_XC: Tensor) -> Tensor:
         """The digits of codewords (…, C) as one number each (…,)."""
         places_C = torch.arange(digits_XC.shape[-1], device=digits_XC.device)
@@ -61,7 +54,7 @@ class CodebookBlock(CodebookQuantizer):
     @functools.cached_property
     def _row_of_key(self) -> Tensor:
         """The number of a codeword -> its row of the grid."""
-        keys_K = self._key(self._digits_KC)
+        keys_K = self._key(self.digits_KC)
         rows_X = torch.zeros(int(keys_K.max()) + 1, dtype=torch.int64)
         return rows_X.scatter_(0, keys_K, torch.arange(len(keys_K)))
 
@@ -107,7 +100,7 @@ class CodebookBlock(CodebookQuantizer):
         # Levels below the half are negative values, from the largest magnitude on: ~digit.
         signed_NB = levels_NB.long() - len(self.values) // 2
         negative_NB = (signed_NB < 0).long()
-        digits_NWC = (signed_NB ^ -negative_NB).unflatten(1, (-1, self._digits_KC.shape[1]))
+        digits_NWC = (signed_NB ^ -negative_NB).unflatten(1, (-1, self.digits_KC.shape[1]))
         integers = {
             "rows": self._row_of_key.to(signed_NB.device)[self._key(digits_NWC)],
             "signs": _joined(negative_NB.unflatten(1, (-1, 8))),
@@ -129,7 +122,7 @@ class CodebookBlock(CodebookQuantizer):
             levels_NB = packed_NK.new_empty(len(packed_NK), self.span)
             codes_NG = packed_NK.new_empty(len(packed_NK), self.span // self.group)
             parts = packed_NK, levels_NB, codes_NG
-            self._call(compiled, "prunus_unpack_codewords", self._digits_KC, *parts)
+            self._call(compiled, "prunus_unpack_codewords", self.digits_KC, *parts)
         zeros_NG = torch.zeros_like(codes_NG, dtype=torch.float32)
         d_N = data_NK[:, :2].clone().view(self.dtype)[:, 0].float()
         return Spans(d_N, zeros_NG[:, 0], 2.0 * codes_NG + 1, zeros_NG, levels_NB)
@@ -141,7 +134,7 @@ class CodebookBlock(CodebookQuantizer):
         negative_NXS = _bits(signs_NX, 8)
         if self.has_even_signs:
             negative_NXS[..., 7] = negative_NXS.sum(2) % 2
-        digits_NB = self._digits_KC.to(packed_NK.device)[rows_NW].flatten(1)
+        digits_NB = self.digits_KC.to(packed_NK.device)[rows_NW].flatten(1)
         levels_NB = (digits_NB ^ -negative_NXS.flatten(1)) + len(self.values) // 2
         return levels_NB.to(torch.uint8), codes_NG
 
