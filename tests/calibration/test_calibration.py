@@ -336,7 +336,12 @@ def test_short_documents_are_joined(tmp_path):
     documents = [letters(20, i) for i in range(6)]
     windows = load(json_lines(tmp_path / "a.jsonl", documents), tokenizer, samples=5, seqlen=40)
     assert all(tokenizer.decode(row) in "\n\n".join(documents) for row in windows.ids)
-    assert "6 documents joined, none is longer than a window" in windows.source
+    assert "6 documents joined, too few are longer than a window" in windows.source
+    # Two documents have 10 windows of their own, and 49 together.
+    longer = json_lines(tmp_path / "b.jsonl", [letters(45, i) for i in range(2)])
+    windows = load(longer, tokenizer, samples=20, seqlen=40)
+    assert "2 documents joined" in windows.source
+    assert len({tuple(row) for row in windows.ids.tolist()}) == 20
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])

@@ -25,7 +25,7 @@ _BATCH = 32
 
 
 class TextTooShort(ValueError):  # noqa: N818
-    """No document has more than `seqlen` tokens."""
+    """Documents have too few windows of `seqlen` tokens, or none."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Text:
         source: Where they come from, for people.
         by_document: Whether windows are drawn out of single documents. If not, they are drawn out
             of the whole text.
-        joins_short: With `by_document`: where no document is longer than a window, windows are
-            drawn out of all documents together. If not, that is an error.
+        joins_short: With `by_document`: if too few documents are longer than a window, windows
+            are drawn out of all documents together. If not, that is an error.
         from_start: Whether windows of single documents are their first tokens.
         share: The share of the windows of a source with several texts.
     """
@@ -132,7 +132,7 @@ def _draw_windows(text: Text, tokenizer: Any, **sizes: Any) -> tuple[torch.Tenso
         whole = text.joiner.join(document for document in text.documents if document.strip())
         ids = windows_from_stream(encode(tokenizer, whole), **sizes)
     joined = counted(len(text.documents), "document")
-    return ids, f"{text.source}; {joined} joined, none is longer than a window"
+    return ids, f"{text.source}; {joined} joined, too few are longer than a window"
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
@@ -187,8 +187,7 @@ def windows_from_documents(
         Windows (N, S) int64, and the number of documents that they come from.
 
     Raises:
-        TextTooShort: No document is longer than a window.
-        ValueError: The documents have fewer different windows than `samples`.
+        TextTooShort: The documents have fewer different windows than `samples`, perhaps none.
 
     Here every letter is a token:
 
@@ -250,7 +249,7 @@ def windows_from_stream(
         (N, S) int64.
 
     Raises:
-        ValueError: The text has fewer different windows than `samples`.
+        TextTooShort: The text has fewer different windows than `samples`.
 
     >>> windows_from_stream(torch.arange(100), samples=2, seqlen=4, rng=random.Random(0))
     tensor([[49, 50, 51, 52],
@@ -270,7 +269,7 @@ def windows_from_stream(
 
 def _check_enough(different: int, samples: int, seqlen: int) -> None:
     if different < samples:
-        raise ValueError(
+        raise TextTooShort(
             f"the text has only {different} different windows of {seqlen} tokens, fewer than "
             f"the {samples} samples asked for. Use fewer `samples`, a smaller `seqlen` or more text"
         )
