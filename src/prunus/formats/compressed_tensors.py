@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -25,7 +24,7 @@ from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.files import read_json
+from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
@@ -84,18 +83,6 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         )
     lowest = -(2 ** (bits - 1))
     return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest)
-
-
-def _is_plain(group: Any) -> bool:
-    """Whether an entry of `config_groups` is of weights as `dense_weight` reads them."""
-    weights = group.get("weights") if isinstance(group, dict) else None
-    return (
-        isinstance(weights, dict)
-        and not group.get("input_activations")
-        and not weights.get("actorder")
-        and (weights.get("num_bits"), weights.get("type")) in [(bits, "int") for bits in _BITS]
-        and weights.get("symmetric") is True
-    )
 
 
 class TensorsCodec(Codec):
@@ -175,27 +162,6 @@ class TensorsCodec(Codec):
         """The dense weight of a linear; its three tensors leave `tensors`."""
         return dense_weight(key, tensors)
 
-    @staticmethod
-    def owns(path: Path) -> bool:
-        """Whether the configuration of a folder describes such integers, also another program's."""
-        described = read_json(path / "config.json")["quantization_config"]
-        groups = described.get("config_groups")
-        return (
-            described.get("quant_method") == _METHOD
-            and described.get("format") == "pack-quantized"
-            and isinstance(groups, dict)
-            and all(_is_plain(group) for group in groups.values())
-        )
-
-    @staticmethod
-    def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """Turn the content of a folder into that of a plain checkpoint; see `Codec`."""
-        del config["quantization_config"]
-        for packed in [name for name in tensors if name.endswith(".weight_packed")]:
-            key = packed.removesuffix("_packed")
-            scale = tensors.get(f"{key}_scale", tensors[packed])
-            tensors[key] = dense_weight(key, tensors).to(scale.dtype)
-
 
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
     """The config.json of the source, with how its linears are quantised."""
@@ -218,7 +184,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": sorted(set(dense)),
     }
-    config = read_json(source.checkpoint.folder / "config.json")
+    config = dense_config(source.checkpoint.folder)
     # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
     tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
     return {**config, **tied, "quantization_config": described}
