@@ -71,14 +71,14 @@ def from_stream(data_NK: Tensor, bits: int) -> Tensor:
 
 def _from_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` integers of each row of int32 or uint8, uint8 (N, count)."""
-    data_NK = words.contiguous().view(torch.uint8)
+    data_NK = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return from_stream(functional.pad(data_NK, (0, -data_NK.shape[1] % bits)), bits)[:, :count]
 
 
 def _as_floats(scale: Tensor) -> Tensor:
     """Scales in a dtype that torch computes in: uint8 are exponents of 2 (E8M0)."""
     if scale.dtype == torch.uint8:
-        return torch.ldexp(torch.ones(()), scale.int() - 127)
+        return torch.ldexp(torch.ones(scale.shape), scale.int() - 127)
     return scale if scale.dtype.itemsize > 1 else scale.float()
 
 
@@ -168,9 +168,9 @@ class Stored:
     def refuse(self, role: str, wrong: str) -> NoReturn:
         """Raise a ValueError that names a part and says what is wrong."""
         raise ValueError(
-            f"{self.checkpoint.folder}: {self.stem}{role} {wrong}; the tensors and the "
-            f"quantization_config of config.json ({self.described['quant_method']}) do not belong "
-            "together. Download or copy the checkpoint again"
+            f"{self.checkpoint.folder}: {(self.stem + role).rstrip('.')} {wrong}; the tensors and "
+            f"the quantization_config of config.json ({self.described['quant_method']}) do not "
+            "belong together. Download or copy the checkpoint again"
         )
 
     def has(self, role: str) -> bool:
@@ -258,7 +258,8 @@ class Stored:
             forms[*lead, outputs, 1] = 1, inputs
             forms |= {(*lead, outputs, groups): (1, inputs // groups)}
             if not lead:
-                forms |= {(outputs,): (1, inputs)} | dict.fromkeys([(), (1,)], (outputs, inputs))
+                forms[outputs,] = 1, inputs
+                forms |= dict.fromkeys([(), (1,), (1, 1)], (outputs, inputs))
         return forms[self.scale(role, *forms).shape]
 
 
