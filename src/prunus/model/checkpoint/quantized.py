@@ -20,7 +20,7 @@ Shape suffixes: O outputs, I inputs, X and Y rows and columns of the scales, N r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,6 +33,13 @@ from prunus.model.checkpoint.tensor_files import VALUES, Checkpoint, TensorInfo
 #: The values of FP4 (E2M1) by code.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# The dtypes of weights of a byte, of scales, and of shapes and numbers of groups.
+_BYTES = (*_FP8, torch.int8)
+_SCALES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8,
+    torch.float8_e8m0fnu,
+)  # fmt: skip
+_INDICES = (torch.int64, torch.int32)
 #: What activations are quantised with; no weight needs it.
 _OF_ACTIVATIONS = re.compile(
     r"\.(input|output|activation|[qkv])(_global)?_(scale|zero_point)(_inv|_ub)?$"
@@ -178,7 +185,11 @@ class Stored:
         return self.stem + role in self.checkpoint.tensors
 
     def part(
-        self, role: str, *shapes: tuple[int, ...], axes: int | None = None, integer: bool = True
+        self,
+        role: str,
+        *shapes: tuple[int, ...],
+        axes: int | None = None,
+        dtypes: Collection[torch.dtype] = (torch.int32,),
     ) -> TensorInfo:
         """What the header says of a part.
 
@@ -186,7 +197,7 @@ class Stored:
             role: The end of its name.
             shapes: The shapes that it may have; none for all.
             axes: The number of axes that it must have; None for any.
-            integer: Whether it must be stored in integers.
+            dtypes: The dtypes that it may have.
         """
         if not self.has(role):
             self.refuse(role, "is missing")
@@ -196,13 +207,13 @@ class Stored:
             self.refuse(role, f"has shape {info.shape}, which no such part has")
         if shapes and info.shape not in shapes:
             self.refuse(role, f"has shape {info.shape}, and {shapes[0]} fits the other parts")
-        if integer and info.dtype.is_floating_point:
-            self.refuse(role, f"is stored in {info.dtype}, and such a part in integers")
+        if info.dtype not in dtypes:
+            self.refuse(role, f"is stored in {info.dtype}, and such a part in {(*dtypes,)[0]}")
         return info
 
     def scale(self, role: str, *shapes: tuple[int, ...]) -> TensorInfo:
         """`part` for scales, of which none may be 0 or no finite number."""
-        info = self.part(role, *shapes, integer=False)
+        info = self.part(role, *shapes, dtypes=_SCALES)
         numbers = _as_floats(self.checkpoint.whole(self.parts[role])).float()
         if not bool(torch.isfinite(numbers).all()) or bool((numbers == 0).any()):
             self.refuse(role, "holds a scale that is 0 or no finite number")
@@ -211,7 +222,7 @@ class Stored:
     def group(self, role: str, inputs: int, groups: int) -> tuple[int, int]:
         """The block of a weight with groups of inputs; the part `role` may number them."""
         if self.has(role):
-            self.part(role, (inputs,))
+            self.part(role, (inputs,), dtypes=_INDICES)
             index_I = self.checkpoint.whole(self.parts[role])
             if int(index_I.min()) < 0 or int(index_I.max()) >= groups:
                 self.refuse(role, f"has a group beyond the {groups} that have scales")
@@ -253,7 +264,7 @@ class Stored:
                 self.refuse(role, f"has blocks of {size!r}, which are no two numbers")
             forms[*lead, *(-(-n // x) for n, x in zip(shape[-2:], size, strict=True))] = (*size,)
         if len(sizes) < max(1, len(kinds)):
-            found = self.part(role, integer=False).shape
+            found = self.part(role, dtypes=_SCALES).shape
             groups = found[-1] if len(found) > 1 and inputs % found[-1] == 0 else 1
             forms[*lead, outputs, 1] = 1, inputs
             forms |= {(*lead, outputs, groups): (1, inputs // groups)}
@@ -290,7 +301,7 @@ def _awq(stored: Stored) -> Weight:
     if version != "gemm":
         stored.refuse("qweight", f"is stored in the version {version!r}, and prunus reads gemm")
     inputs, words = stored.part("qweight", axes=2).shape
-    outputs = stored.part("scales", axes=2, integer=False).shape[1]
+    outputs = stored.part("scales", axes=2, dtypes=_SCALES).shape[1]
     groups, bits = _bits(stored, outputs, (4, 8))
     stored.part("qzeros", (groups, words))
     stored.scale("scales", (groups, outputs))
@@ -321,8 +332,10 @@ def _bits(stored: Stored, outputs: int, known: tuple[int, ...]) -> tuple[int, in
 
 def _mxfp4(stored: Stored) -> Weight:
     """The experts of gpt-oss: blocks of 32 FP4 values, of the transposed matrices."""
-    experts, outputs, groups, _ = shape = stored.part("_blocks", axes=4).shape
-    stored.part("_blocks", (*shape[:3], 16))
+    shape = stored.part("_blocks", axes=4, dtypes=(torch.uint8,)).shape
+    experts, outputs, groups, size = shape
+    if size != 16:
+        stored.refuse("_blocks", f"has blocks of {2 * size} values, and those of MXFP4 have 32")
     stored.scale("_scales", shape[:3])
 
     def coded(parts: dict[str, Tensor]) -> Coded:
@@ -334,17 +347,17 @@ def _mxfp4(stored: Stored) -> Weight:
 
 def _packed(stored: Stored) -> Weight:
     """compressed-tensors: integers of 1 to 8 bits in 32-bit words."""
-    info = stored.part("_packed", axes=2)
+    info = stored.part("_packed", axes=2, dtypes=(torch.int32, torch.uint8))
     if info.dtype == torch.uint8:
         return _packed_fp4(stored)
-    stored.part("_shape", (2,))
+    stored.part("_shape", (2,), dtypes=_INDICES)
     outputs, inputs = shape = tuple(stored.checkpoint.whole(stored.parts["_shape"]).tolist())
     bits = 32 * info.shape[1] // max(1, inputs)
     if not 1 <= bits <= 8 or info.shape != (outputs, -(-inputs * bits // 32)):
         stored.refuse("_packed", f"has shape {info.shape}, and the weight {shape}")
     stored.agrees("_packed", "int", bits)
     numbered = stored.has("_g_idx")
-    found = stored.part("_scale", axes=2 if numbered else None, integer=False).shape
+    found = stored.part("_scale", axes=2 if numbered else None, dtypes=_SCALES).shape
     block = stored.group("_g_idx", inputs, found[-1]) if numbered else stored.grid("_scale", shape)
     rows, groups = grid = found if numbered else _rows_and_columns(shape, block)
     stored.scale("_scale")
@@ -365,7 +378,7 @@ def _packed(stored: Stored) -> Weight:
 
 def _packed_fp4(stored: Stored) -> Weight:
     """compressed-tensors: NVFP4, whose weight has a scale for its scales, or MXFP4 without one."""
-    outputs, half = stored.part("_packed").shape
+    outputs, half = stored.checkpoint.tensors[stored.parts["_packed"]].shape
     stored.agrees("_packed", "float", 4)
     wide = 16 if stored.has("_global_scale") else 32
     stored.scale("_scale", (outputs, 2 * half // wide))
@@ -384,7 +397,7 @@ def _packed_fp4(stored: Stored) -> Weight:
 
 def _scaled(stored: Stored) -> Weight:
     """Floats or integers of 8 bits, with scales for the tensor, its rows, groups or blocks."""
-    info = stored.part("", integer=False)
+    info = stored.part("", dtypes=_BYTES)
     if len(info.shape) not in (2, 3):
         stored.refuse("", f"has shape {info.shape}, and no scale belongs to such a tensor")
     if stored.described["quant_method"] == "compressed-tensors":
@@ -393,7 +406,8 @@ def _scaled(stored: Stored) -> Weight:
     block = stored.grid(role, info.shape)
     grid = _rows_and_columns(info.shape, block)
     if stored.has("_zero_point"):
-        stored.part("_zero_point", stored.part(role, integer=False).shape, integer=False)
+        grid_shape = stored.checkpoint.tensors[stored.parts[role]].shape
+        stored.part("_zero_point", grid_shape, dtypes=(*_BYTES, *_SCALES, *_INDICES))
 
     def coded(parts: dict[str, Tensor]) -> Coded:
         zero = parts.get("_zero_point")
@@ -515,7 +529,7 @@ def _weights(checkpoint: Checkpoint, described: Mapping[str, Any]) -> Iterator[W
     for end, layout in METHODS[described["quant_method"]].items():
         # A weight comes before its parts, whose names are longer.
         for name in sorted(checkpoint.tensors):
-            is_code = checkpoint.tensors[name].dtype in (*_FP8, torch.int8) if not end else True
+            is_code = bool(end) or checkpoint.tensors[name].dtype in _BYTES
             if name.endswith(end) and is_code and name not in taken:
                 weight = layout(Stored(checkpoint, name.removesuffix(end), described))
                 taken |= set(weight.parts.values())
