@@ -97,11 +97,11 @@ def test_every_command_takes_them(source, tmp_path):
         for name, more in RESULTS.items():
             prunus.compress(model, here / name, calibration=token_ids(), batch=2, **more)
         prune(model, here / "pruned")
-        recover(model, here / "full", "full", text)
+        recover(model, here / "recovered", "masked", text)
         call("plan", model, "--sparsity", 0.5)
     here, there = few.parent, dense.parent
     assert (here / "x.gguf").read_bytes() == (there / "x.gguf").read_bytes()
-    for name in ("packed", "mlx", "pruned", "full"):
+    for name in ("packed", "mlx", "pruned", "recovered"):
         assert shards(here / name) == shards(there / name)
         assert not (here / name / "quantize_config.json").exists()
         config = (here / name / "config.json").read_text()
