@@ -370,7 +370,7 @@ def test_compressed_models_are_streamed_and_quantised_ones_of_other_programs_are
     prunus.compress(dense, tmp_path / "small", 8, calibration=token_ids())
     whole = score(tmp_path / "small", ids, stream=False)
     assert score(tmp_path / "small", ids, stream=True).loss == whole.loss
-    edit_json(dense / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_json(dense / "config.json", quantization_config={"quant_method": "hqq"})
     assert_refused(
         ValueError, "is quantised, which is scored with the whole", score, dense, ids, stream=True
     )

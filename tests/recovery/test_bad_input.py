@@ -69,7 +69,7 @@ def test_folders_that_are_something_else(dense, pruned, text, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [None, "lora"])
-@pytest.mark.parametrize("name", ["a.gguf", "mlx", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["a.gguf", "mlx"])
 def test_compressed_models(name, mode, tmp_path, text):
     """Each is told by its name or its configuration, so that no weights are needed here."""
     folder = tmp_path / name
@@ -77,9 +77,8 @@ def test_compressed_models(name, mode, tmp_path, text):
         folder.write_bytes(b"GGUF")
     else:
         folder.mkdir()
-        key = "quantization" if name == "mlx" else "quantization_config"
-        described = {"bits": 4, "group_size": 32, "quant_method": name}
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: described}))
+        described = {"model_type": "llama", "quantization": {"bits": 4, "group_size": 32}}
+        (folder / "config.json").write_text(json.dumps(described))
     words = f"{name} is compressed, and recover takes dense and pruned models: give the one that"
     refused(ValueError, words, folder, tmp_path / "out", mode, text)
 

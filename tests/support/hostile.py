@@ -32,7 +32,6 @@ from hostile_damage import damage_header, damage_json, mutate_bytes  # noqa: E40
 from hostile_inputs import more_kinds  # noqa: E402
 from prunus.formats.gguf.import_checkpoint import import_gguf  # noqa: E402
 from prunus.model.checkpoint import tensor_files  # noqa: E402
-from prunus.model.formats import reader_of  # noqa: E402
 from tiny import tiny_checkpoint, tiny_model, token_ids  # noqa: E402
 
 LONGEST = 10
@@ -53,13 +52,6 @@ def prune(case: Path) -> None:
 
 def inspect(case: Path) -> None:
     prunus.inspect(case / "model")
-
-
-def unpack(case: Path) -> None:
-    kind = reader_of(case / "model")
-    if kind is None:
-        raise ValueError("no format claims this folder")
-    kind.unpack(case / "model", case / "out", dtype=None)
 
 
 def import_file(case: Path) -> None:
@@ -87,7 +79,7 @@ def kinds(
         "header": (dense, lambda m, dice: damage_header(m / "model.safetensors", dice), prune),
         "index": (sharded, lambda m, dice: damage_json(m / index, dice), inspect),
         "config": (dense, lambda m, dice: damage_json(m / "config.json", dice), prune),
-        "integers": (small, damage_small, unpack),
+        "integers": (small, damage_small, inspect),
     }
     try:
         from tiny_gguf import tiny_llama, write_gguf

@@ -29,6 +29,7 @@ from prunus.engine.masks import (
 )
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
+from prunus.formats.codec import Codec
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.files import verify_shards
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
@@ -202,11 +203,11 @@ def inspect(
         name = type(model).__name__
     else:
         name = str(model)
-        if (kind := reader_of(name)) is not None:
-            if verify and Path(name).is_file():
-                raise ValueError(f"{model} is one file, which has no shards to compare")
-            record = kind.read_record(Path(name))
-            types = {} if record is None else record.stored_types
+        kind = reader_of(name)
+        if kind is not None and verify and Path(name).is_file():
+            raise ValueError(f"{model} is one file, which has no shards to compare")
+        record = (kind or Codec).read_record(Path(name))
+        types = {} if record is None else record.stored_types
         # What is unpacked has other shards.
         stored = Path(name) if kind else resolve_folder(model)
         verified = verify_shards(stored) if verify else None
@@ -304,11 +305,12 @@ def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
     except (ValueError, FileNotFoundError, NotImplementedError):
         return None
     assert isinstance(source, CheckpointSource)
-    nbytes = weights = 0
-    for name, (_, linear) in skeleton.all_linears().items():
-        info = source.checkpoint.tensors.get(source.stored.get(f"{name}.weight", ""))
-        count = math.prod(linear.shape)
+    nbytes, weights = 0.0, 0
+    for path, (_, linear) in skeleton.all_linears().items():
+        name = f"{path}.weight"
         # Fused experts lie in one tensor together, which has no name of its own for each.
-        nbytes += info.nbytes if info else count * source.stored_dtype.itemsize
+        key = source.pieces[name].key if name in source.pieces else source.stored[name]
+        count, shape = math.prod(linear.shape), source.checkpoint.tensors[key].shape
+        nbytes += source.checkpoint.stored_nbytes(key) * count / math.prod(shape)
         weights += count
     return 8 * nbytes / weights

@@ -181,7 +181,7 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     """The configuration of a checkpoint, or of the checkpoint that an adapter is for."""
     while is_adapter(folder):
         folder = base_folder(folder)
-    return load_config(folder, trust_remote_code, quantized=True)
+    return load_config(folder, trust_remote_code)
 
 
 def _states(folder: Path) -> dict[Path, tuple[int, int]]:

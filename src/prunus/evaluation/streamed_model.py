@@ -28,10 +28,8 @@ from prunus.hardware.machine import (
     memory_budget,
     process_memory,
 )
-from prunus.model.checkpoint.files import read_json
 from prunus.model.checkpoint.resolve import base_folder, is_adapter
-from prunus.model.checkpoint.tensor_files import Checkpoint
-from prunus.model.config import load_config
+from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied
 from prunus.model.skeleton import Skeleton
@@ -44,7 +42,8 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    Loaded models, quantised ones and adapters are never streamed. If whole models on a CPU leave
+    Loaded models, adapters and what other programs have quantised in their own way are never
+    streamed. If whole models on a CPU leave
     room, the process keeps the memory that it frees from here on; see `keep_freed_memory`.
 
     Args:
@@ -94,7 +93,7 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     # Quantised weights keep their stored form in memory.
     quantized = whole_only(folder) is not None
     dtype = DTYPES.get(options.dtype)
-    config = load_config(folder, options.trust_remote_code, quantized=True).get_text_config()
+    config = load_config(folder, options.trust_remote_code).get_text_config()
     logits = _logits_bytes(
         int(getattr(config, "vocab_size", 0) or 0),
         tokens,
@@ -102,7 +101,7 @@ def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     )
     if quantized:
         return stored + logits
-    for info in Checkpoint(folder).tensors.values():
+    for info in open_checkpoint(folder).tensors.values():
         loaded = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
         logits += math.prod(info.shape) * loaded.itemsize
     return logits
@@ -118,9 +117,7 @@ def whole_only(folder: Path) -> str | None:
     """Why a model cannot be read block by block, as the start of a clause; None if it can."""
     if is_adapter(folder):
         return "is an adapter, which"
-    config = read_json(folder / "config.json")
-    quantized = isinstance(config, dict) and config.get("quantization_config")
-    return "is quantised, which" if quantized else None
+    return "is quantised, which" if is_foreign(folder) else None
 
 
 class StreamedModel:

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from prunus.methods.group_quantizer import GroupQuantizer, Spans
+from prunus.model.checkpoint.quantized import from_stream
 
 
 class Field(NamedTuple):
@@ -185,7 +185,7 @@ def scaled(
         bias_OS: Their biases.
         values: The number that each integer stands for; empty if it stands for itself.
     """
-    numbers_OI = _from_stream(data_OB, bits)
+    numbers_OI = from_stream(data_OB, bits)
     if values:
         numbers_OI = scale_OS.new_tensor(values, dtype=torch.float32)[numbers_OI.int()]
     integers_OSC = numbers_OI.float().unflatten(1, (scale_OS.shape[1], -1))
@@ -214,7 +214,7 @@ def _field(integers_NB: Tensor, bits: int, width: int) -> Tensor:
 def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     """The integers of a field, uint8 (N, B): the inverse of `_field`."""
     if width == 0:
-        return _from_stream(field_NK, bits)
+        return from_stream(field_NK, bits)
     if bits == 6:
         first_NK, low_NK = field_NK.tensor_split((8,), dim=1)
         last_NB = _from_field(low_NK, 4, 4) | first_NK >> 6 << 4
@@ -222,14 +222,6 @@ def _from_field(field_NK: Tensor, bits: int, width: int) -> Tensor:
     runs = field_NK.unflatten(1, (-1, width))
     parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, dim=2).flatten(1)
-
-
-def _from_stream(data_NK: Tensor, bits: int) -> Tensor:
-    """The integers in a stream of bits, uint8 (N, B); see the top of this file."""
-    eights_NWK = functional.pad(data_NK.unflatten(1, (-1, bits)), (0, 8 - bits))
-    words_NW = eights_NWK.view(torch.int64)[..., 0]
-    eights = [(words_NW >> bits * index & 2**bits - 1).to(torch.uint8) for index in range(8)]
-    return torch.stack(eights, dim=2).flatten(1)
 
 
 def _halves(codes_NB: Tensor) -> tuple[Tensor, Tensor]:

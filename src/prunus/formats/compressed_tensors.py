@@ -25,8 +25,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -35,7 +34,7 @@ from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.files import read_json
+from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
@@ -46,11 +45,6 @@ _METHOD, _PACKED = "compressed-tensors", "pack-quantized"
 _BITS, _UNIFORM = (2, 3, 4, 5, 6, 7, 8), (4, 8)
 # The types of FP4 -> the columns that share a scale.
 _FP4_GROUPS = {"NVFP4": 16, "MXFP4": 32}
-# How linears are stored -> the bits and the kind of their values.
-_STORED = {
-    _PACKED: [(bits, "int") for bits in range(1, 9)],
-    **{f"{name.lower()}-{_PACKED}": [(4, "float")] for name in _FP4_GROUPS},
-}
 # Names of linears that programs join to one, each with those that it joins.
 _JOINED = {
     name: names
@@ -159,24 +153,6 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return scaled(data_OB, bits, scale_OS, scale_OS.float() * lowest)
 
 
-def _is_plain(group: Any, stored: Any) -> bool:
-    """Whether an entry of `config_groups` is of weights as `dense_weight` reads them.
-
-    Args:
-        group: The entry.
-        stored: The `format` of the folder, which the entry may replace.
-    """
-    weights = group.get("weights") if isinstance(group, dict) else None
-    return (
-        isinstance(weights, dict)
-        and not group.get("input_activations")
-        and not weights.get("actorder")
-        and (weights.get("num_bits"), weights.get("type"))
-        in _STORED.get(group.get("format") or stored, [])
-        and weights.get("symmetric") is True
-    )
-
-
 class TensorsCodec(Codec):
     """A checkpoint folder in this format."""
 
@@ -273,33 +249,6 @@ class TensorsCodec(Codec):
         """The dense weight of a linear; its tensors leave `tensors`."""
         return dense_weight(key, tensors)
 
-    @staticmethod
-    def owns(path: Path) -> bool:
-        """Whether the configuration of a folder describes such values, also another program's."""
-        described = read_json(path / "config.json")["quantization_config"]
-        groups = described.get("config_groups")
-        return (
-            described.get("quant_method") == _METHOD
-            and isinstance(groups, dict)
-            and all(_is_plain(group, described.get("format")) for group in groups.values())
-        )
-
-    @staticmethod
-    def make_dense(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """Turn the content of a folder into that of a plain checkpoint; see `Codec`.
-
-        Weights of FP4 get the dtype of the configuration. In bfloat16 those that prunus writes are
-        exact.
-        """
-        del config["quantization_config"]
-        of_model = getattr(torch, str(config.get("dtype")), torch.bfloat16)
-        for packed in [name for name in tensors if name.endswith(".weight_packed")]:
-            key = packed.removesuffix("_packed")
-            scale = tensors.get(f"{key}_scale", tensors[packed])
-            has_fp4 = tensors[packed].dtype == torch.uint8
-            dtype = of_model if has_fp4 else scale.dtype
-            tensors[key] = dense_weight(key, tensors).to(dtype)
-
 
 def _joined(given: Given, splits: bool) -> list[list[str]]:
     """The linears that are compressed; those that programs join are together.
@@ -369,7 +318,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         "config_groups": groups,
         "ignore": sorted(set(dense)),
     }
-    config = read_json(source.checkpoint.folder / "config.json")
+    config = dense_config(source.checkpoint.folder)
     # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
     tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
     return {**config, **tied, "quantization_config": described}

@@ -30,7 +30,7 @@ from prunus.formats.fixed import MLX, check_fixed
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.hardware.words import name_patterns
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.model.checkpoint.files import read_json
+from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
@@ -183,7 +183,7 @@ def _types(given: Given, name: str) -> list[BlockType]:
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
     """The config.json of the source, with bits and groups of every module."""
     source = plan.given.source
-    config = read_json(source.checkpoint.folder / "config.json")
+    config = dense_config(source.checkpoint.folder)
     described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
     for key, kind in sorted((source.weight_key(name), kind) for name, kind in kinds.items()):
         bits = int(math.log2(len(kind.values)))

@@ -60,7 +60,7 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     require_library("peft", "an adapter", "adapters")
     base = base_folder(folder)
     with naming(f"{base}, the base of {folder}"):
-        config = load_config(base, trust_remote_code, quantized=True)
+        config = load_config(base, trust_remote_code)
     model = build_on_meta(CAUSAL, config, torch.float32, trust_remote_code)
     attach(model, folder, base)
 

@@ -149,25 +149,64 @@ def require_config(folder: Path) -> None:
         )
 
 
+def quantization(folder: Path) -> dict[str, Any]:
+    """How config.json says that the weights are quantised; empty for a dense checkpoint."""
+    described = read_config(folder / "config.json").get("quantization_config")
+    return described if isinstance(described, dict) else {}
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the weights of a folder are quantised in a way that only other programs read."""
+    if not (described := quantization(folder)):
+        return False
+    from prunus.model.checkpoint.quantized import METHODS, method_of
+
+    return method_of(described) not in METHODS
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of a folder; quantised ones as the dense weights, expanded when they are read.
+
+    They have the dtype that config.json names, or bfloat16.
+
+    Raises:
+        FileNotFoundError, ValueError: As `Checkpoint`, or the weights are quantised in a way that
+            prunus does not read, or not as config.json says.
+    """
+    require_config(folder)
+    refuse_packed(folder)
+    checkpoint = Checkpoint(folder)
+    if not (described := quantization(folder)):
+        return checkpoint
+    from prunus.model.checkpoint.quantized import DenseCheckpoint
+
+    config = read_config(folder / "config.json")
+    names = {str(config.get(field)) for field in ("dtype", "torch_dtype")}
+    dtype = next((x for x in _NUMBERS if str(x).removeprefix("torch.") in names), torch.bfloat16)
+    return DenseCheckpoint(checkpoint, described, dtype)
+
+
+def dense_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json for the dense weights of a folder."""
+    config = read_config(folder / "config.json")
+    config.pop("quantization_config", None)
+    return config
+
+
 def load_config(
-    folder: Path,
-    trust_remote_code: bool = False,
-    *,
-    quantized: bool = False,
-    checkpoint: Checkpoint | None = None,
+    folder: Path, trust_remote_code: bool = False, checkpoint: Checkpoint | None = None
 ) -> Any:
-    """The transformers configuration of a folder, after its numbers are checked.
+    """The transformers configuration of the dense form of a folder, after its numbers are checked.
 
     Args:
         folder: A checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
-        quantized: Accept a quantised checkpoint, and give the configuration of its dense form.
         checkpoint: The weights of the folder, if they are open already.
 
     Raises:
         FileNotFoundError: The folder has no config.json.
         ValueError: The file is damaged or asks for more than the weights hold, transformers knows
-            no such model, or the checkpoint is packed, or quantised and `quantized` is False.
+            no such model, or the checkpoint is packed.
     """
     require_config(folder)
     refuse_packed(folder)
@@ -181,15 +220,9 @@ def load_config(
             f"{folder / 'config.json'} describes no model that transformers "
             f"{transformers.__version__} knows: {reason(fault)}"
         ) from fault
-    described = getattr(config, "quantization_config", None)
-    if quantized and hasattr(config, "quantization_config"):
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
-    elif described:
-        raise ValueError(
-            f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "
-            "the result"
-        )
-    if not described:
+    if checkpoint is not None or not quantization(folder):
         _check_dtypes(folder, checkpoint)
     return config
 

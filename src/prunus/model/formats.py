@@ -23,7 +23,8 @@ class FormatEntry(NamedTuple):
         suffix: The end of the name of an output that implies the format, in small letters. A model
             with such a name is opened by the class. Empty for a folder.
         key: The key of config.json that a folder of the format has. Such a folder is opened by the
-            class, if it `owns` the folder. Empty for a file.
+            class, if it `owns` the folder. Empty for a file, and for a folder that is read as a
+            checkpoint; see `checkpoint/quantized.py`.
     """
 
     name: str
@@ -39,11 +40,7 @@ class FormatEntry(NamedTuple):
 
 #: All formats, in the order of the help.
 FORMATS = (
-    FormatEntry(
-        "compressed-tensors",
-        "prunus.formats.compressed_tensors:TensorsCodec",
-        key="quantization_config",
-    ),
+    FormatEntry("compressed-tensors", "prunus.formats.compressed_tensors:TensorsCodec"),
     FormatEntry("mlx", "prunus.formats.mlx:MlxCodec", key="quantization"),
     FormatEntry("gguf", "prunus.formats.gguf.codec:GgufCodec", ".gguf"),
 )

@@ -6,11 +6,11 @@ transformers read files rather than map them. `card.py` has what is saved with i
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
@@ -18,7 +18,8 @@ from prunus.hardware.words import reason
 from prunus.model.adapter import attach, check_adapter
 from prunus.model.checkpoint.card import keep_records, records_of
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
-from prunus.model.config import load_config
+from prunus.model.checkpoint.tensor_files import DTYPE_CODES, Checkpoint
+from prunus.model.config import is_foreign, load_config, open_checkpoint, quantization
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
@@ -69,7 +70,7 @@ def load(
     target = choose_device(device)
     folder = resolve_folder(model)
     base = base_folder(folder) if is_adapter(folder) else folder
-    kind = kind_of(load_config(base, trust_remote_code, quantized=True))
+    kind = kind_of(load_config(base, trust_remote_code))
     read = load_image_processor if kind is IMAGES else load_tokenizer
     # The tokenizer comes first: what is wrong with it shows before the weights are read.
     tokenizer = read(folder, trust_remote_code)
@@ -112,14 +113,20 @@ def load_model(
         check_adapter(folder, trust_remote_code)
         base = base_folder(folder)
         return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
-    config = load_config(folder, trust_remote_code, quantized=True)
+    config = load_config(folder, trust_remote_code)
     kind = kind or kind_of(config)
     # A model beyond all limits ends here, before transformers makes it.
     build_on_meta(kind, config, torch.float32, trust_remote_code)
+    foreign = is_foreign(folder)
+    checkpoint = Checkpoint(folder) if foreign else open_checkpoint(folder)
+    # Else transformers would look for the parts of quantised weights.
+    dense = {"config": config} if quantization(folder) and not foreign else {}
+    opened = partial(_ReadFile, checkpoint)
     try:
-        with replaced(transformers.modeling_utils, "safe_open", _ReadFile):
+        with replaced(transformers.modeling_utils, "safe_open", opened):
             model, loaded = getattr(transformers, kind.loader).from_pretrained(
                 folder,
+                **dense,
                 output_loading_info=True,
                 dtype=dtype,
                 use_safetensors=True,
@@ -141,40 +148,44 @@ def load_model(
 
 
 class _StoredWeight:
-    """A tensor that transformers reads by `weight[...]` when its turn comes.
+    """A tensor that transformers reads by `weight[...]` when its turn comes, as in safetensors."""
 
-    It stands for a slice object of safetensors, which answers all other questions, such as shape.
-    """
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
 
     def __getitem__(self, index: Any) -> Any:
         # A view would keep what was read in memory when the data of the weight are replaced.
-        return self._file.get_tensor(self._name)[index].data
+        return self._checkpoint.whole(self._name)[index].data
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file.get_slice(self._name), name)
+    def get_shape(self) -> list[int]:
+        return list(self._checkpoint.tensors[self._name].shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_CODES[self._checkpoint.tensors[self._name].dtype]
 
 
 class _ReadFile:
-    """A `safe_open` that reads tensors into memory.
+    """A `safe_open` of one shard, whose quantised weights are dense, that maps no file.
 
     transformers would map the files, and a mapped file that is cut short ends the process that
     touches it. Its option `disable_mmap` holds whole files in memory next to their tensors.
     """
 
-    def __init__(self, path: Any, **_: Any) -> None:
-        self._file = safe_open(path, framework="pt", backend="pread")
+    def __init__(self, checkpoint: Checkpoint, path: Any, **_: Any) -> None:
+        self._checkpoint, self._file = checkpoint, Path(path).name
+
+    def keys(self) -> list[str]:
+        infos = self._checkpoint.tensors.items()
+        return [name for name, info in infos if info.file == self._file]
+
+    def metadata(self) -> dict[str, str]:
+        return self._checkpoint.metadata
 
     def get_slice(self, name: str) -> _StoredWeight:
-        return _StoredWeight(self._file, name)
+        return _StoredWeight(self._checkpoint, name)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> _ReadFile:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def __exit__(self, *_: object) -> None:
+        pass

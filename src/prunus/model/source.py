@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from prunus.model.checkpoint.files import read_limited
-from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, flat_bytes
-from prunus.model.config import EXTRA_BLOCKS, load_config, require_config
+from prunus.model.checkpoint.tensor_files import TensorInfo, flat_bytes
+from prunus.model.config import EXTRA_BLOCKS, load_config, open_checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import Skeleton, names_in_model
 
@@ -83,6 +83,8 @@ class Piece(NamedTuple):
 class CheckpointSource:
     """The weights of a checkpoint folder. Opening it reads the configuration and headers only.
 
+    Weights that are stored in few bits are read as dense ones; see `checkpoint/quantized.py`.
+
     Args:
         folder: A Hugging Face checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
@@ -97,13 +99,12 @@ class CheckpointSource:
 
     Raises:
         FileNotFoundError: The folder, its config.json or one of its shards is missing.
-        ValueError: A file is damaged, the configuration does not belong to the weights, or the
-            checkpoint is quantised.
+        ValueError: A file is damaged, the configuration does not belong to the weights, or these
+            are quantised in a way that prunus does not read.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        require_config(folder)
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = open_checkpoint(folder)
         self.config = load_config(folder, trust_remote_code, checkpoint=self.checkpoint)
         # The bytes of config.json, to notice a change; see `check_unchanged`.
         self._config = read_limited(folder / "config.json")
@@ -474,7 +475,7 @@ def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
     if not totals:
         raise ValueError(
-            "the checkpoint holds no floating-point weights, and a quantised one cannot be pruned; "
-            "prune the full-precision checkpoint, then quantise the result"
+            "the checkpoint holds no floating-point weights: give the model in bfloat16, float16 "
+            "or float32"
         )
     return max(totals, key=totals.__getitem__)

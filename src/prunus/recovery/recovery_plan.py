@@ -22,7 +22,6 @@ from prunus.hardware.words import require_library
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.resolve import CONFIG_NAME, is_adapter, resolve_folder
-from prunus.model.config import read_config
 from prunus.model.device import choose_device
 from prunus.model.formats import reader_of
 from prunus.model.kinds import require_causal
@@ -264,7 +263,7 @@ def _text_sha256(source: str, text: TrainingText) -> str:
 
 
 def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
-    """The folder of a dense or pruned checkpoint.
+    """The folder of a checkpoint.
 
     Args:
         model: Folder or hub id.
@@ -272,23 +271,21 @@ def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
             copy.
 
     Raises:
-        ValueError: It is compressed, or an adapter.
+        ValueError: It is a GGUF file or an MLX folder, or an adapter.
         FileNotFoundError: There is no such checkpoint.
     """
-    if unpacks or reader_of(model) is None:
-        folder = resolve_folder(model)
-        if is_adapter(folder):
-            raise ValueError(
-                f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
-                "give the model that it is for"
-            )
-        config = folder / "config.json"
-        if not config.is_file() or not read_config(config).get("quantization_config"):
-            return folder
-    raise ValueError(
-        f"{model} is compressed, and recover takes dense and pruned models: give the one that it "
-        "was made from, and compress the result"
-    )
+    if not unpacks and reader_of(model) is not None:
+        raise ValueError(
+            f"{model} is compressed, and recover takes dense and pruned models: give the one that "
+            "it was made from, and compress the result"
+        )
+    folder = resolve_folder(model)
+    if is_adapter(folder):
+        raise ValueError(
+            f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
+            "give the model that it is for"
+        )
+    return folder
 
 
 def _vocabulary(source: CheckpointSource, role: str = "") -> Vocabulary:

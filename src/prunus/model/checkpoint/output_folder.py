@@ -23,7 +23,11 @@ _NOT_AUXILIARY = {
     ".safetensors", ".h5", ".msgpack", ".onnx", ".partial", *SUFFIXES, *PICKLE_SUFFIXES,
 }  # fmt: skip
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
-_OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
+# Other programs describe in files of their own how they have quantised the source.
+_OWN_FILES = {
+    INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md", "quantize_config.json",
+    "quant_config.json", "quantization_config.json", "hf_quant_config.json", "quant_log.csv",
+}  # fmt: skip
 # Files that a result does not copy but derives its own from, so they are checked as well.
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
 

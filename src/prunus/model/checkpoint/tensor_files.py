@@ -36,9 +36,10 @@ TENSOR_DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
     "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
+#: The name of each dtype.
+DTYPE_CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
 _PIECE = 2**27  # bytes to write between two calls of fsync
 #: The file that maps stored names to shards.
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,7 +48,8 @@ SINGLE_NAME = "model.safetensors"
 #: Suffixes of files that are never read, because reading them can run code.
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
-_VALUES = 2**27  # bytes of a tensor to read at a time
+#: Bytes of a tensor to read at a time.
+VALUES = 2**27
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -252,7 +254,7 @@ class Checkpoint:
             for name, info in infos.items()
         }
 
-    def pieces(self, name: str, most: int = _VALUES, begin: int = 0) -> Iterator[torch.Tensor]:
+    def pieces(self, name: str, most: int = VALUES, begin: int = 0) -> Iterator[torch.Tensor]:
         """Yield the values of a tensor in order, as flat tensors of at most `most` bytes.
 
         `most`, and the byte `begin` of the first value, are multiples of the size of a value. The
@@ -337,6 +339,10 @@ class Checkpoint:
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the files, also where the files have it in fewer bits."""
+        return self.tensors[name].nbytes
 
 
 def _prefetch(file: int, info: TensorInfo) -> None:
@@ -424,7 +430,7 @@ def _head(
 ) -> tuple[bytes, list[str], int]:
     """The header of a file with its length, the names of the tensors in order, and their bytes."""
     # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
-    rank = {dtype: position for position, dtype in enumerate(_CODES)}
+    rank = {dtype: position for position, dtype in enumerate(DTYPE_CODES)}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, Any] = {
         "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
@@ -433,7 +439,7 @@ def _head(
     for name in names:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     return len(text).to_bytes(8, "little") + text, names, end
