@@ -182,6 +182,15 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         in_words(rows["nearest"]["seconds"] / rows["prunus"]["seconds"])
         for rows in (qwen["rows"]["Q4_K_M"], models["Llama 34M, trained here"]["rows"]["Q3_K_M"])
     ]
+    windows = plots.read("proof-windows")["models"]["Qwen2.5-Coder-1.5B"]["rows"]["Q2_K"]
+    scored = [
+        (x["kl"] / y["kl"], x["kl"], y["kl"], text)
+        for field in plots.SCORES
+        for text, x in windows["prunus"][field].items()
+        for y in [windows["preset"][field][text]]
+    ]
+    worst, ours, theirs, name = max(scored)
+    assert name == "catalogues" and len({text for *_, text in scored}) == 5
     pruned = [
         f"{methods['texts']['wikitext2']['kl']:.3f}"
         for methods in plots.read("models-and-texts")["cells"]["Qwen2.5-Coder-0.5B"].values()
@@ -191,6 +200,8 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         f"Q2_K, makes {small:.0f} MB of it",
         f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
         "Python code",
+        f"On the worst of five texts, messages in other scripts, it loses {in_words(worst)} as much "
+        f"({ours:.3f} against {theirs:.3f})",
         f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
         f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
         f"decode on processors at {speeds[0]:.2f} to {speeds[1]:.2f} of the speed of llama.cpp's",

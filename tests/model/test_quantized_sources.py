@@ -8,6 +8,9 @@ import torch
 
 pytest.importorskip("gguf")
 
+
+from gguf import GGUFReader
+
 import prunus
 from changes import edit_json, edit_tensors
 from command_line import call
@@ -98,9 +101,13 @@ def test_every_command_takes_them(source, tmp_path):
             prunus.compress(model, here / name, calibration=token_ids(), batch=2, **more)
         prune(model, here / "pruned")
         recover(model, here / "recovered", "masked", text)
-        call("plan", model, "--sparsity", 0.5)
+        call("plan", model, "--sparsity", 0.5, "--seqlen", 24)
     here, there = few.parent, dense.parent
-    assert (here / "x.gguf").read_bytes() == (there / "x.gguf").read_bytes()
+    # The records in the files have the hashes of the checkpoints.
+    tensors = [GGUFReader(folder / "x.gguf").tensors for folder in (here, there)]
+    for one, other in zip(*tensors, strict=True):
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
+        assert bytes(one.data) == bytes(other.data)
     for name in ("packed", "mlx", "pruned", "recovered"):
         assert shards(here / name) == shards(there / name)
         assert not (here / name / "quantize_config.json").exists()

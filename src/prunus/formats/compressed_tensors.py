@@ -34,6 +34,7 @@ from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.size_plan import Given, SizePlan, folder_plan
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.model.checkpoint.quantized import FP4_BY_CODE
 from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 
@@ -108,49 +109,6 @@ def fp4_type(name: str, largest: float = 1.0) -> PackedType:
         dtype, code = torch.float8_e4m3fn, 2.0 ** (max(math.frexp(largest)[1], -100) - _REACH)
     layout = (Field("d", 8), Field("levels", 4, 0))
     return PackedType(name, group, group, FP4, (code, code), layout, dtype=dtype, order=FP4_ORDER)
-
-
-def dense_weight(key: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A weight that `TensorsCodec.encode` has stored, float32 (O, I); its parts leave `tensors`.
-
-    Also one of another program with integers of 1 to 8 bits, and groups of any size.
-
-    Args:
-        key: The name of the weight.
-        tensors: Tensors of a checkpoint by name.
-
-    Raises:
-        ValueError: The tensors do not belong together.
-    """
-    packed, scale_OS, shape, factor = (
-        tensors.pop(f"{key}_{part}", torch.empty(0))
-        for part in ("packed", "scale", "shape", "global_scale")
-    )
-    has_fp4 = packed.dtype == torch.uint8
-    if has_fp4:
-        shape = torch.tensor([len(packed), 2 * packed.shape[-1]])
-        scale_OS = (
-            scale_OS.view(torch.float8_e8m0fnu) if scale_OS.dtype == packed.dtype else scale_OS
-        )
-    rows, columns = shape.tolist() if shape.shape == (2,) else (0, 0)
-    spans = scale_OS.shape[-1] if scale_OS.shape == (rows, *scale_OS.shape[1:2]) else 0
-    words = {x: -(-columns * x // (8 * packed.dtype.itemsize)) for x in range(1, 9)}
-    bits = 4 if has_fp4 else next((x for x in words if packed.shape == (rows, words[x])), 0)
-    of_types = packed.dtype in (torch.int32, torch.uint8) and scale_OS.dtype.is_floating_point
-    # Rows consist of whole bytes and groups.
-    if not (bits and spans and rows and of_types) or columns % 8 or columns % spans:
-        raise ValueError(
-            f"{key} is not stored as integers of 1 to 8 bits, or as FP4, with a scale for each "
-            "group of inputs"
-        )
-    data_OB = packed.view(torch.uint8)[:, : columns * bits // 8]
-    if has_fp4:
-        by_code = sorted(zip(FP4_ORDER, FP4, strict=True))
-        scale_OS = scale_OS.float() / (factor.float() if factor.numel() else 1)
-        values = [value for _, value in by_code]
-        return scaled(data_OB, bits, scale_OS, torch.zeros_like(scale_OS), values)
-    lowest = -(2 ** (bits - 1))
-    return scaled(data_OB, bits, scale_OS, scale_OS.float() * lowest)
 
 
 class TensorsCodec(Codec):
@@ -247,7 +205,14 @@ class TensorsCodec(Codec):
         key: str, tensors: dict[str, torch.Tensor], quantizer: GroupQuantizer
     ) -> torch.Tensor:
         """The dense weight of a linear; its tensors leave `tensors`."""
-        return dense_weight(key, tensors)
+        packed, scale_OS = tensors.pop(f"{key}_packed"), tensors.pop(f"{key}_scale")
+        tensors.pop(f"{key}_shape", None)
+        bits, lowest = int(math.log2(len(quantizer.values))), quantizer.values[0]
+        if quantizer.values != FP4:
+            return scaled(packed.view(torch.uint8), bits, scale_OS, scale_OS.float() * lowest)
+        factor = tensors.pop(f"{key}_global_scale", torch.ones(1))
+        scale_OS = scale_OS.view(quantizer.dtype).float() / factor
+        return scaled(packed, bits, scale_OS, torch.zeros_like(scale_OS), FP4_BY_CODE)
 
 
 def _joined(given: Given, splits: bool) -> list[list[str]]:

@@ -31,7 +31,7 @@ from torch.nn import functional
 from prunus.model.checkpoint.tensor_files import VALUES, Checkpoint, TensorInfo
 
 #: The values of FP4 (E2M1) by code.
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP4_BY_CODE = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # The dtypes of weights of a byte, of scales, and of shapes and numbers of groups.
 _BYTES = (*_FP8, torch.int8)
@@ -340,7 +340,7 @@ def _mxfp4(stored: Stored) -> Weight:
 
     def coded(parts: dict[str, Tensor]) -> Coded:
         codes_OI = from_stream(parts["_blocks"].flatten(1), 4)
-        return Coded(codes_OI, parts["_scales"], None, (1, 32), values=_FP4)
+        return Coded(codes_OI, parts["_scales"], None, (1, 32), values=FP4_BY_CODE)
 
     return Weight(stored.stem, stored.parts, (experts, 32 * groups, outputs), coded, True)
 
@@ -390,7 +390,7 @@ def _packed_fp4(stored: Stored) -> Weight:
         if wide == 16:
             scale_XY = scale_XY / parts["_global_scale"].float()
         codes_OI = from_stream(parts["_packed"], 4)
-        return Coded(codes_OI, scale_XY, None, (1, wide), values=_FP4)
+        return Coded(codes_OI, scale_XY, None, (1, wide), values=FP4_BY_CODE)
 
     return Weight(stored.stem, stored.parts, (outputs, 2 * half), coded)
 
