@@ -15,7 +15,7 @@ import prunus
 
 #: The statements that the package and its tests aim at, and the room above the aim. Docstrings,
 #: comments, blank lines and doctests are free; CONTRIBUTING.md says what to do at the limit.
-SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 16_400, 14_250, 1.03
+SRC_STATEMENTS, TEST_STATEMENTS, ROOM = 17_300, 14_800, 1.03
 #: The most modules of the package that `prunus.prune`, and a folder of MLX, may load. A reader of
 #: either opens some of them and no others.
 PRUNING_MODULES, MLX_MODULES = 75, 100
