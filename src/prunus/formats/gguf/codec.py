@@ -25,7 +25,7 @@ from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
 from prunus.formats.gguf.result import GgufResult, read_record
-from prunus.formats.gguf.speeds import Q4_K_M_BITS, preset_time, speeds_of
+from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, type_for, type_named, types_for
 from prunus.formats.size_plan import (
@@ -119,10 +119,11 @@ class GgufCodec(Codec):
             padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
         )
         exact = sum(weight.least_lossless for weight in weights.values())
-        room = contents.record_bytes
+        bare = FileContents(layout, None)
+        room = contents.file_bytes({}) - bare.file_bytes({})
         if recipe.size is not None and recipe.size < others + exact <= recipe.size + room:
             # Weights that lose nothing are worth more than the record.
-            contents, others = FileContents(layout, None), others - room
+            contents, others = bare, others - room
         # Types in reserve decode slowly, so a choice of types that decode fast does without them.
         if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
             min(weight.nbytes) for weight in weights.values()
@@ -268,9 +269,12 @@ class GgufPlan(SizePlan):
     def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""
         parts = self.contents.bytes_by_type(choice.types).most_common()
+        speed = self._speed(choice.types)
+        # A type that was not measured counts as very slow.
+        known = f"; processors decode it about {speed:.2f} times as fast as Q4_K_M"
         return (
-            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}; "
-            f"processors decode it about {self._speed(choice.types):.2f} times as fast as Q4_K_M"
+            f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
+            + (known if speed > LEAST_SPEED else "")
             + ("" if self.contents.record_bytes else "; it has no room for a record")
             + ("" if self.given.recipe.fast_on else "; with `fast_on` time counts too")
         )

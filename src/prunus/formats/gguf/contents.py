@@ -100,7 +100,8 @@ class FileContents:
         writer.add_file_type(FILE_TYPES[by_type.most_common(1)[0][0]])
         size = len(record.encode())
         text = record if size <= self.record_bytes else ""
-        writer.add_string(RECORD_FIELD, text + " " * (self.record_bytes - len(text.encode())))
+        if self.record_bytes:
+            writer.add_string(RECORD_FIELD, text + " " * (self.record_bytes - len(text.encode())))
         return {**self.layout.fields, **writer.fields}
 
     def file_bytes(self, types: Mapping[str, str]) -> int:

@@ -58,6 +58,8 @@ _PRESETS = (
 )
 # Nanoseconds per weight of a type that was not measured, so that it is not chosen.
 _UNKNOWN = 1e6
+#: Files that seem to decode slower than this share of a preset's speed have such a type.
+LEAST_SPEED = 0.01
 #: The bits per weight of the linears in llama.cpp's Q4_K_M.
 Q4_K_M_BITS = 4.81
 
@@ -142,7 +144,7 @@ def advice(record: CompressionRecord) -> str:
     bits = (8 * size.after - TYPES["Q6_K"].bits * (size.parameters - weights)) / weights
     preset = sum(preset_time(times, bits, columns) * count for _, count, columns in linears)
     speed = preset / sum(time * count for time, count, _ in linears)
-    if speed > 1 / 1.05:
+    if not LEAST_SPEED < speed <= 1 / 1.05:
         return ""
     return (
         f"Processors decode this file at about {speed:.1f} of the speed of llama.cpp's file of "
