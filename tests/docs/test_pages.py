@@ -200,8 +200,8 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         f"Q2_K, makes {small:.0f} MB of it",
         f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
         "Python code",
-        f"On the worst of five texts, messages in other scripts, it loses {in_words(worst)} as much "
-        f"({ours:.3f} against {theirs:.3f})",
+        "On the worst of five texts, messages in other scripts, it loses "
+        f"{in_words(worst)} as much ({ours:.3f} against {theirs:.3f})",
         f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
         f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
         f"decode on processors at {speeds[0]:.2f} to {speeds[1]:.2f} of the speed of llama.cpp's",
