@@ -8,14 +8,15 @@ included, so that other work on the machine changes them little. Figures of othe
 stay. Five runs at two sparsities on SmolLM2-135M take some 35 minutes of one core.
 
 --limit enters the model as NAME into docs/results/parts.json: for each part of a run its seconds,
-its floating-point operations as torch counts them, and the share of the speed of one large product,
-which the same process measures. Operations of C++ kernels are not counted, but those of the Gram
-matrix are. The forecast that the run makes before its first block is entered beside its seconds.
+its floating-point operations as torch counts them, and the speed of one large product, which the
+same process measures. Operations are counted in a second run, because counting takes up to half of
+the time. Those of C++ kernels are not counted, but those of the Gram matrix are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -81,8 +82,8 @@ COUNTED: dict[Any, Any] = {
 
 
 def main() -> None:
-    if sys.argv[1] == "--parts":
-        Parts().run(Path(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1] in ("--parts", "--operations"):
+        Parts().run(Path(sys.argv[2]), sys.argv[3:], sys.argv[1] == "--operations")
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -112,8 +113,12 @@ def main() -> None:
             taken = processor_seconds([*python, command[0], *given])
             shutil.rmtree(output, ignore_errors=True)
             if options.limit:
-                parts = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
-                times["seconds"].setdefault(options.limit, {})[name] = {"all": taken} | parts
+                timed = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
+                python[2] = "--operations"
+                processor_seconds([*python, command[0], *given])
+                counted = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
+                timed |= {"all": taken, "operations": counted["operations"]}
+                times["seconds"].setdefault(options.limit, {})[name] = timed
             else:
                 times["seconds"].setdefault(name, {})[pattern] = taken
             print(f"{name}, {pattern}: {taken:.1f} s", flush=True)
@@ -137,8 +142,8 @@ class Parts(TorchDispatchMode):
         self.seconds, self.operations = Counter[str](), Counter[str]()
         self.here = threading.local()
 
-    def run(self, figures: Path, command: list[str]) -> None:
-        """Run a command in this process, and write the figures."""
+    def run(self, figures: Path, command: list[str], counts: bool) -> None:
+        """Run a command in this process, and write the figures; `counts` counts operations too."""
         from prunus.cli import app
 
         for part, functions in PARTS.items():
@@ -150,12 +155,12 @@ class Parts(TorchDispatchMode):
                 for each in outer:
                     owner = getattr(owner, each)
                 setattr(owner, last, self.timed(part, getattr(owner, last)))
-        speeds = {str(x)[6:]: self.speed(x) for x in (torch.float32, torch.bfloat16)}
         self.seconds["start"] = time.process_time()
-        with self:
+        with self if counts else contextlib.nullcontext():
             self.timed("rest", app)([*command, "--overwrite"], standalone_mode=False)
-        parts = {x: [round(self.seconds[x], 2), self.operations[x]] for x in self.seconds}
-        record = {"speeds": speeds, "parts": parts}
+        speeds = {str(x)[6:]: self.speed(x) for x in (torch.float32, torch.bfloat16)}
+        parts = {part: round(seconds, 2) for part, seconds in self.seconds.items()}
+        record = {"speeds": speeds, "parts": parts, "operations": self.operations}
         figures.write_text(json.dumps(record), encoding="utf-8")
 
     def speed(self, dtype: torch.dtype) -> float:
