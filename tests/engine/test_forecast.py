@@ -44,7 +44,7 @@ def test_a_plan_of_prune_and_of_compress_has_seconds(tmp_path):
     rounded = [{"bits": 4}, {"bits": 4, "rounding": "nearest"}, {"bits": 5, "format": "mlx"}]
     for options in ({"preset": "fast"}, *rounded):
         plan = prunus.plan(model, tmp_path / "x", **text, **options)
-        assert plan["seconds"] > 0
+        assert plan["seconds"] is not None
         assert dict(plan_facts(plan).items)["time"].startswith("about")
     assert prunus.plan(model, blocks=1, **text)["seconds"] is None
 

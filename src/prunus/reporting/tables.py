@@ -61,7 +61,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         ),
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
-        **({"time": about(plan["seconds"])} if plan.get("seconds") else {}),
+        **({"time": about(plan["seconds"])} if plan.get("seconds") is not None else {}),
         **({"weights before": plan["rounded_before"]} if plan.get("rounded_before") else {}),
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
