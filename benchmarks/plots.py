@@ -176,6 +176,23 @@ def time_table(figures: Figures) -> str:
     return markdown(["seconds", *patterns], rows)
 
 
+def parts_table(_figures: Figures) -> str:
+    """Seconds of the parts of runs, and the share of the speed of one large float32 product."""
+    rows, names = [], ["all"]
+    for model, runs in read("parts")["seconds"].items():
+        for run, of_run in runs.items():
+            parts, counts = of_run["parts"], of_run["operations"]
+            parts["rest"] += of_run["all"] - sum(parts.values())
+            names += [name for name in parts if name not in names]
+            cells = {}
+            for name, seconds in parts.items():
+                share = counts.get(name, 0) / max(seconds, 1e-9) / of_run["speeds"]["float32"]
+                cells[name] = f"{seconds:.1f}" + (f" ({share:.2f})" if share >= 0.005 else "")
+            rows.append({"": f"{model}, {run}", "all": f"{of_run['all']:.0f}"} | cells)
+    header = ["", *names]
+    return markdown(header, [[row.get(name, "") for name in header] for row in rows])
+
+
 def two_of_four_table(figures: Figures) -> str:
     """Perplexity and gap at 2:4."""
     rows = [
@@ -345,6 +362,7 @@ TABLES = {
     "models-and-texts": text_table,
     "perplexity": perplexity_table,
     "time": time_table,
+    "parts": parts_table,
     "two-of-four": two_of_four_table,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -228,7 +229,10 @@ def plan(
         "imatrix": imatrix,
         "progress": not is_quiet(),
     }
+    starting = time.process_time()
     described = plan_command(model, output, recipe=recipe, fits=fits, context=context, **options)
+    if described["seconds"] is not None:
+        described["seconds"] = round(described["seconds"] + starting, 1)
     print_result(described, plan_facts(described))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prunus.compression.rounding import type_rounding
+from prunus.compression.rounding import try_types, type_rounding
+from prunus.engine.forecast import Trial
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.output import Rounding
@@ -89,6 +90,10 @@ class Compression(LinearCommand[CompressionRecord]):
         result = None if self.options.overwrite else self.result
         folder = None if result is None else result.folder
         return size_plan_for(self.codec, self.recipe, folder, opened, selection)
+
+    def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
+        """The types as well; see `LinearCommand.trial`."""
+        return try_types(plan, windows)
 
     def rounding(self, run: Run[LinearPlan, CompressionRecord]) -> Rounding:
         """The types of least loss."""

@@ -4,6 +4,7 @@ It begins with a measurement (`loss_sensitivity.py`) on rank 0, because all proc
 same digits. Then each weight gets the type of least loss that the size allows.
 
     type_rounding    a type for each weight; `write_lists` chooses them for other programs
+    try_types        a trial of this and of what follows the blocks, for the time of a run
 
 Shape suffixes: O outputs (rows), R some of them, I inputs.
 """
@@ -11,6 +12,7 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.distributed import on_rank_0, tensors_from_rank_0
+from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.folder import ResultFolder
+from prunus.engine.forecast import Steps, Trial, two_blocks
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.engine.output import Rounding
@@ -49,6 +53,8 @@ _ROWS, _LEAST_ROWS = 16, 4
 # Weights whose squares are summed at once: few enough for the cache of a processor, which takes a
 # tenth of the time of 1,024 rows.
 _SQUARED = 2**17
+# Rows of embedding or head that a trial rounds: the time of the others follows from theirs.
+_TRIED_ROWS = 4096
 # The least squared length and the least sensitivity of a row, as far as rows are sampled by them.
 _LEAST = 1e-100
 # A type that loses the share ε² of what a weight contributes raises the loss of the model by
@@ -106,7 +112,7 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
             for key in keys:
                 del dense[key]
             of_head = head if name == size_plan.head else None
-            dense |= encode(name, _rounded(plan, name, choice, of_head))
+            dense |= encode(name, rounded_outside(plan, name, choice, of_head))
         return dense
 
     # Errors of the head are corrected by its later columns, if they are measured: an embedding that
@@ -146,8 +152,12 @@ def _check_outside(size_plan: SizePlan, choice: TypeChoice) -> None:
             check_range(size_plan.given.source.checkpoint.whole(key), choice.quantizers[name])
 
 
-def _rounded(
-    plan: LinearPlan, name: str, choice: TypeChoice, head: InputStatistics | None
+def rounded_outside(
+    plan: LinearPlan,
+    name: str,
+    choice: TypeChoice,
+    head: InputStatistics | None,
+    rows: int | None = None,
 ) -> GroupedWeight:
     """The weight of an embedding or a head in its type.
 
@@ -157,12 +167,13 @@ def _rounded(
         choice: The type of each weight.
         head: For the output head its inputs, and what its errors cost as an embedding. None rounds
             the weight by its importance.
+        rows: Round only this number of rows, to see how long that takes; None rounds all.
 
     Raises:
         ValueError: Weights are beyond the values of the type; the message names the weight.
     """
     key, quantizer = plan.checkpoint.weight_key(name), choice.quantizers[name]
-    weight_OI = plan.checkpoint.checkpoint.whole(key)
+    weight_OI = plan.checkpoint.checkpoint.whole(key)[:rows]
     if (kept := on_lattice(weight_OI, quantizer)) is not None:
         return kept
     with naming(key):
@@ -328,3 +339,55 @@ def _sampled_rows(
     places_R = (torch.arange(count) + 0.5) * (total_O[-1] / count)
     some_R = torch.searchsorted(total_O, places_R)
     return some_R, (total_O[-1] / count / cost_O[some_R]).float()
+
+
+def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
+    """Measure two blocks, and give all others the types of theirs.
+
+    Args:
+        plan: The run.
+        windows: Some of its windows (windows, tokens).
+    """
+    size_plan, path, first, steps = size_plan_of(plan), f"{plan.skeleton.path}.", Steps(), Steps()
+    # First module of a weight -> the one of the first two blocks that stands for it.
+    stands = {name: name for name in size_plan.weights}
+    for name in stands:
+        if name.startswith(path):
+            index, _, rest = name.removeprefix(path).partition(".")
+            stands[name] = f"{path}{int(index) % 2}.{rest}"
+    tried = {name: size_plan.weights[name] for name in dict.fromkeys(stands.values())}
+    few = two_blocks(plan)
+    storage = size_plan_of(few)
+    measured(replace(few, storage=replace(storage, weights={})), first.session, windows[:1], {})
+    few = replace(few, storage=replace(storage, weights=tried))
+    found = measured(few, steps.session, windows[:2], {})
+    losses = {name: found.losses[other] for name, other in stands.items() if found.losses}
+    choice = size_plan.choose(replace(found, losses=losses))
+    seconds = 0.0
+    if size_plan.measures_loss:
+        seconds = steps.measuring(plan, first)
+        # The last steps are the types of each weight.
+        started, *done = steps.times[-len(tried) - 1 :]
+        for name, end in zip(tried, done, strict=True):
+            times = len(plan.skeleton) / 2 if name.startswith(path) else 1
+            seconds, started = seconds + times * (end - started), end
+
+    def round_as(name: str) -> GroupRounding:
+        return GroupRounding(choice.quantizers[name], choice.importances.get(name))
+
+    def after(changer: BlockChanger, batches: list[Tensor]) -> float:
+        """Seconds of the statistics of the head, and of rounding what lies outside the blocks."""
+        started, head = time.perf_counter(), None
+        if plan.recipe.rounds == "feedback" and size_plan.head in choice.importances:
+            head = changer.head_statistics(batches)
+        taken = time.perf_counter() - started
+        for name in size_plan.outside:
+            of_head = head if name == size_plan.head else None
+            # The first time has what is done once for all rows.
+            for parts in (1, size_plan.weights[name].shape[0] / _TRIED_ROWS - 1):
+                started = time.perf_counter()
+                rounded_outside(plan, name, choice, of_head, _TRIED_ROWS)
+                taken += max(0.0, parts) * (time.perf_counter() - started)
+        return taken
+
+    return Trial(seconds, round_as, after)

@@ -105,6 +105,8 @@ class ReconstructionRecord(RecordPart):
         stopped: Why training ended early, or None.
         dtype: The dtype of the matrix products.
         seconds: Time to train.
+        step_seconds: Time of a step of the last epoch; 0 in earlier records, as the next.
+        validation_seconds: Time of the last validation.
     """
 
     error_before: float
@@ -114,6 +116,8 @@ class ReconstructionRecord(RecordPart):
     stopped: str | None = None
     dtype: str
     seconds: float
+    step_seconds: float = 0.0
+    validation_seconds: float = 0.0
 
 
 class BlockRecord(RecordPart):

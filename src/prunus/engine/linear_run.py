@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -26,9 +26,12 @@ from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.words import counted
+from prunus.hardware.words import about, counted
 from prunus.kernels.library import missing_words
 from prunus.model.source import ModuleSource
+
+if TYPE_CHECKING:
+    from prunus.engine.forecast import Trial
 
 # Held by the run that computes on one processor thread.
 _ONE_THREAD = RLock()
@@ -57,6 +60,19 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
             session.tell(words)
         return plan
 
+    def forecast(self, plan: LinearPlan, windows: torch.Tensor | None = None) -> float | None:
+        """See `forecast`; a plan has no `windows`."""
+        # Whoever reads how a model is pruned passes it by.
+        from prunus.engine.forecast import forecast
+
+        return forecast(plan, windows, self.trial)
+
+    def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
+        """What is tried of the steps before the blocks; see `forecast`."""
+        from prunus.engine.forecast import try_measurement
+
+        return try_measurement(plan, windows)
+
     def fields(self, plan: LinearPlan) -> dict[str, Any]:
         """What a record of linears has beside its recipe and its inputs."""
         # The folder of local datasets that the calibration text was read from, if any.
@@ -71,9 +87,16 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         }
 
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
-        """Decide the sparsity of every linear. A resumed run takes it from its record."""
+        """Say how long the run takes, and decide the sparsity of every linear.
+
+        A resumed run takes it from its record.
+        """
         record = run.record
         recipe = run.plan.recipe
+        if run.session.announce is not None and not record.blocks:
+            seconds = self.forecast(run.plan, run.windows)
+            if seconds is not None:
+                run.session.tell(f"the run takes {about(seconds)} from here")
         if not record.allocation and recipe.measures == "nothing":
             record.allocation = dict(run.plan.sparsities)
         elif not record.allocation:

@@ -135,16 +135,7 @@ def run_blocks(
         )
 
     def read(position: int) -> StoredBlock:
-        """Read every byte of a block of the source, and check it."""
-        index = source_blocks[position]
-        name = plan.skeleton.block_name(index)
-        tensors = plan.source.block(
-            index, pinned=plan.memory.overlaps and plan.device.type == "cuda"
-        )
-        check_finite(tensors, f"{name}.")
-        digest = tensors_digest(tensors)
-        check_known(measured, name, digest)
-        return StoredBlock(tensors, digest)
+        return read_block(plan, source_blocks[position], measured)
 
     finished = output.finished
     taken = 0 if again else finished
@@ -162,6 +153,16 @@ def run_blocks(
                 return_freed_memory()
             report(position, block.message)
     return_freed_memory()
+
+
+def read_block(plan: RunPlan, index: int, measured: Mapping[str, str]) -> StoredBlock:
+    """Read every byte of a block of the source, and check it; see `run_blocks`."""
+    name = plan.skeleton.block_name(index)
+    tensors = plan.source.block(index, pinned=plan.memory.overlaps and plan.device.type == "cuda")
+    check_finite(tensors, f"{name}.")
+    digest = tensors_digest(tensors)
+    check_known(measured, name, digest)
+    return StoredBlock(tensors, digest)
 
 
 def check_same(name: str, changed: Mapping[str, torch.Tensor]) -> None:

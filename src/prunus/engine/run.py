@@ -90,6 +90,10 @@ class Command(ABC, Generic[_Plan, _Record]):
             decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
         """
 
+    def forecast(self, plan: _Plan) -> float | None:
+        """Seconds that the work takes, without its plan; None if that is unknown."""
+        return None
+
     @abstractmethod
     def work(
         self, plan: _Plan, session: Session, earlier: _Record | None, started: float

@@ -92,7 +92,9 @@ def calibration_windows(plan: RunPlan) -> Windows:
     if not plan.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
         return Windows(nothing, "none: the method looks at weights only", hash_ids(nothing))
-    wanted = dataclasses.replace(_wanted(recipe, plan.options), tokenizer=lambda: _tokenizer(plan))
+    wanted = dataclasses.replace(
+        _wanted(recipe, plan.options), tokenizer=lambda: run_tokenizer(plan)
+    )
     windows = _source(recipe, plan.options).draw(wanted)
     if plan.skeleton.kind is IMAGES:
         channels = plan.skeleton.model.config.num_channels
@@ -147,7 +149,7 @@ def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
     )
 
 
-def _tokenizer(plan: RunPlan) -> Any:
+def run_tokenizer(plan: RunPlan) -> Any:
     """The model's tokenizer or image processor; a loaded model has it where it was loaded from."""
     options = plan.options
     if options.tokenizer is not None:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import fnmatch
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -165,6 +166,17 @@ def counted(count: int, noun: str) -> str:
     ('1 window', '2 windows')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def about(seconds: float) -> str:
+    """A time for people, who do not ask for seconds of an hour.
+
+    >>> about(41.3), about(700), about(9000)
+    ('about 41 s', 'about 12 min', 'about 2.5 h')
+    """
+    units = (("s", 1, 120, 0), ("min", 60, 7200, 0), ("h", 3600, math.inf, 1))
+    unit, size, _, digits = next(x for x in units if seconds < x[2])
+    return f"about {seconds / size:.{digits}f} {unit}"
 
 
 def in_bytes(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def plan(
 ) -> dict[str, Any]:
     """What a command would do and cost; nothing of a model is written.
 
-    It checks all that a run checks first, and reads no weights but those of a dtype trial.
+    It checks all that a run checks first. For the time of the run it tries a block or two.
 
     Args:
         model: A checkpoint folder or a hub id; for import a GGUF file.
@@ -69,12 +70,14 @@ def plan(
 
     Returns:
         The plan as JSON values; see `describe` of the plan of each command. `needs` has the parts
-        of `fits`, `written` the files, and `training` what preset max trains.
+        of `fits`, `written` the files, and `training` what preset max trains. `seconds` is how
+        long the run takes, from a trial of a few windows; None if that is unknown.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: The run would
             fail; says what was given, what is wrong and what to do.
     """
+    started = time.perf_counter()
     work, given = RunOptions.pick(options)
     of_command = {} if teacher is None else {"teacher": teacher}
     if of_command and command not in (None, "recover"):
@@ -100,14 +103,20 @@ def plan(
         module, _, name = COMMANDS[command or default].partition(":")
         kind = getattr(import_module(module), name)
         chosen = kind.read(model, recipe, given)
-        plan = planned(kind(model, output, chosen, how, **of_command))
+        run = kind(model, output, chosen, how, **of_command)
+        plan = planned(run)
     if written:
         from prunus.compression.rounding import write_lists
 
         described = plan.describe(write_lists(plan, lists[0], lists[1], progress))
     else:
         described = plan.describe()
-    described |= {"written": written, "needs": needs}
+    described |= {"written": written, "needs": needs, "seconds": None}
+    if not (written or needs or trains):
+        # What was planned until now is planned by the run too.
+        planning = time.perf_counter() - started
+        working = run.forecast(plan)
+        described["seconds"] = working and round(planning + working, 1)
     if trains:
         from prunus.recovery.max_preset import plan_training
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunus.engine.document import Facts, Table, items_of, table_of
 from prunus.engine.run_record import bos_words
-from prunus.hardware.words import counted, in_bytes
+from prunus.hardware.words import about, counted, in_bytes
 from prunus.recovery.recovery_record import RecoveryRecord
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
@@ -61,6 +61,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         ),
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
+        **({"time": about(plan["seconds"])} if plan.get("seconds") is not None else {}),
         **({"weights before": plan["rounded_before"]} if plan.get("rounded_before") else {}),
         **({"of the linears": plan["lossless"]} if plan.get("lossless") else {}),
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),

@@ -190,6 +190,8 @@ class BlockReconstruction:
             stopped=result.stopped,
             dtype=str(settings.dtype).removeprefix("torch."),
             seconds=round(time.perf_counter() - started, 3),
+            step_seconds=round(result.step_seconds, 4),
+            validation_seconds=round(result.validation_seconds, 4),
         )
         return trained, record
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,8 @@ class TrainResult:
         error_after: Loss on the validation batches, of the best candidate; at most `error_before`.
         steps: Gradient steps taken.
         stopped: Why training ended early, for people; None if it did not.
+        step_seconds: What a step of the last epoch took, on average.
+        validation_seconds: What the last validation took.
     """
 
     weights: dict[str, torch.Tensor]
@@ -108,6 +111,8 @@ class TrainResult:
     error_after: float
     steps: int
     stopped: str | None = None
+    step_seconds: float = 0.0
+    validation_seconds: float = 0.0
 
 
 def train_block(
@@ -166,6 +171,8 @@ class _Objective:
         device: Where the block runs.
         autocast: The context in which the block runs. It casts matrix products if the parameters
             are not in the dtype of the training, and does nothing otherwise.
+        step_seconds: What a step of the last epoch took, on average.
+        validation_seconds: What the last call of `validate` took.
     """
 
     def __init__(
@@ -174,6 +181,7 @@ class _Objective:
         first = next(iter(weights.parameters.values()))
         self.device = first.device
         self.autocast = torch.autocast(first.device.type, dtype, enabled=dtype != first.dtype)
+        self.step_seconds = self.validation_seconds = 0.0
         self._batches = batches
         self._loss = loss
 
@@ -187,13 +195,16 @@ class _Objective:
 
     def validate(self) -> float:
         """Loss on all validation batches of all ranks."""
+        started = time.perf_counter()
         with torch.no_grad(), self.autocast:
             # Validation always runs all tokens, so that its errors are comparable.
             pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
         # Sums are divided only once, after all batches and ranks: a batch counts by its tokens.
         total_2 = sum(pairs, torch.zeros(2, device=self.device))
         ranks().all_reduce(total_2)
-        return float(total_2[0]) / float(total_2[1])
+        error = float(total_2[0]) / float(total_2[1])
+        self.validation_seconds = time.perf_counter() - started
+        return error
 
 
 @dataclass
@@ -237,7 +248,8 @@ def _train(
 
     for fraction, error in _interpolations(before, after, error_at):
         best.offer(error, lambda fraction=fraction: weights.interpolate(end, fraction))  # type: ignore[misc]
-    return TrainResult(best.weights, before, best.error, steps, stopped)
+    times = objective.step_seconds, objective.validation_seconds
+    return TrainResult(best.weights, before, best.error, steps, stopped, *times)
 
 
 def _run_epochs(
@@ -267,11 +279,11 @@ def _run_epochs(
     steps = 0
     total = options.epochs * len(train)
     stride = options.token_stride
-    # Epochs from one validation to the next.
-    interval = max(1, min(options.epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
+    interval = _epochs_between(options.epochs)
     error = best.error
     stopped = None
     for epoch in range(options.epochs):
+        started = time.perf_counter()
         for batch in train:
             # The rate is that of the middle of the step.
             rate = learning_rate(options.learning_rate, (steps + 0.5) / total, _WARMUP)
@@ -300,12 +312,27 @@ def _run_epochs(
             # The next forward pass uses the new masters, rounded if the block is in bfloat16.
             weights.load(masters)
             steps += 1
+        objective.step_seconds = (time.perf_counter() - started) / len(train)
         if stopped is not None or (epoch + 1) % interval == 0 or epoch + 1 == options.epochs:
             error = objective.validate()
             best.offer(error, weights.snapshot)
         if stopped is not None:
             break
     return error, steps, stopped
+
+
+def _epochs_between(epochs: int) -> int:
+    """Epochs from one validation to the next."""
+    return max(1, min(epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
+
+
+def validations(epochs: int) -> int:
+    """How often a training validates: before it, between epochs, and twice between its ends.
+
+    >>> validations(2), validations(5), validations(14)
+    (5, 8, 8)
+    """
+    return 3 + math.ceil(epochs / _epochs_between(epochs))
 
 
 def _interpolations(
