@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("gguf")
 
-
-from gguf import GGUFReader
+import gguf
 
 import prunus
 from changes import edit_json, edit_tensors
@@ -101,13 +100,14 @@ def test_every_command_takes_them(source, tmp_path):
             prunus.compress(model, here / name, calibration=token_ids(), batch=2, **more)
         prune(model, here / "pruned")
         recover(model, here / "recovered", "masked", text)
-        call("plan", model, "--sparsity", 0.5, "--seqlen", 24)
+        call("plan", model, "--sparsity", 0.5, "--seqlen", 16)
     here, there = few.parent, dense.parent
-    # The records in the files have the hashes of the checkpoints.
-    tensors = [GGUFReader(folder / "x.gguf").tensors for folder in (here, there)]
-    for one, other in zip(*tensors, strict=True):
-        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
-        assert bytes(one.data) == bytes(other.data)
+    # The record in the file has the fingerprint and the size of its source.
+    found, expected = (
+        [(x.name, x.tensor_type, x.data.tobytes()) for x in gguf.GGUFReader(at / "x.gguf").tensors]
+        for at in (here, there)
+    )
+    assert found == expected
     for name in ("packed", "mlx", "pruned", "recovered"):
         assert shards(here / name) == shards(there / name)
         assert not (here / name / "quantize_config.json").exists()
@@ -147,8 +147,6 @@ def test_transformers_loads_the_same_weights(family, name, tmp_path):
 
 
 def test_the_package_gguf_has_the_same_values_of_mxfp4():
-    import gguf
-
     parts, dense = gpt_oss_experts((1, 32, 3))
     # A block of llama.cpp: the exponent, then bytes of values i and i + 16.
     codes = torch.stack([parts["_blocks"] & 15, parts["_blocks"] >> 4], -1).flatten(-2)[0, :, 0]
