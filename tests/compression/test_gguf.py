@@ -400,7 +400,7 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
         compress(one_block, "folder", bits=4, fast_on="avx512", format="mlx")
     with pytest.raises(ValueError, match=r"`fast_on`.*belong to GGUF files"):
         compress(one_block, "folder", bits=4, fast_on="avx512", format="compressed-tensors")
-    with pytest.raises(ValueError, match="`rounding` nearest is for compressed-tensors too"):
+    with pytest.raises(ValueError, match="are for compressed-tensors too"):
         compress(one_block, "folder", bits=4, rounding="nearest", format="mlx")
     assert not [*tmp_path.glob("no.gguf*"), *tmp_path.glob("folder*")]
 
@@ -845,7 +845,7 @@ def test_lists_that_cannot_be_written_are_refused_before_any_work(small, monkeyp
     (tmp_path / "link").symlink_to("nowhere")
     before = tree(tmp_path)
     for arguments, message in (
-        (["out", "--tensor-types", "new"], "for 4.5 bits name the output OUT.gguf"),
+        (["out", "--tensor-types", "new"], "name OUT ends in .gguf"),
         (["x.gguf", "--tensor-types", "mine.txt"], "mine.txt exists and was not written by this"),
         (["x.gguf", "--imatrix", "model.gguf"], "model.gguf exists and was not"),
         (["x.gguf", "--imatrix", "link"], "link exists and was not"),

@@ -24,18 +24,20 @@ OPTIONS = {
 
 def planned(dense, **recipe):
     chosen = Recipe(**{"samples": 6, "seqlen": 16} | recipe)
-    command = Pruning(dense, None, chosen, RunOptions(calibration_data=token_ids()))
+    given = {} if "calibration" in recipe else {"calibration_data": token_ids()}
+    command = Pruning(dense, None, chosen, RunOptions(**given))
     return command, command.plan()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_run_says_how_long_it_takes_and_writes_the_same_bytes(dense, tmp_path, options):
-    said = []
-    for name, announce in {"silent": None, "told": said.append}.items():
-        given = {"calibration": token_ids(), "sparsity": 0.5, **options}
-        prunus.prune(dense, tmp_path / name, announce=announce, progress=False, **given)
-    assert sum("the run takes about" in str(each) for each in said) == 1
-    assert shards(tmp_path / "silent") == shards(tmp_path / "told")
+def test_a_forecast_changes_no_byte_of_a_run_that_follows(dense, tmp_path, options):
+    given = {"calibration": token_ids(), "sparsity": 0.5, **options}
+    prunus.prune(dense, tmp_path / "before", progress=False, **given)
+    text = str(ids_file(tmp_path / "ids.safetensors"))
+    command, plan = planned(dense, calibration=text, **options)
+    assert command.forecast(plan) > 0
+    prunus.prune(dense, tmp_path / "after", progress=False, **given)
+    assert shards(tmp_path / "before") == shards(tmp_path / "after")
 
 
 def test_a_plan_of_prune_and_of_compress_has_seconds(tmp_path):
@@ -52,20 +54,17 @@ def test_a_plan_of_prune_and_of_compress_has_seconds(tmp_path):
 @pytest.mark.parametrize("recipe", [{"allocation": "owl"}, {"propagate": "block"}])
 def test_nothing_is_said_of_a_run_that_no_trial_knows(dense, recipe):
     command, plan = planned(dense, **recipe)
-    assert command.forecast(plan, token_ids()) is None
+    assert command.forecast(plan) is None
 
 
-def test_a_trial_that_fails_says_nothing_and_the_run_goes_on(dense, tmp_path, monkeypatch):
+def test_a_trial_that_fails_says_nothing_and_the_plan_goes_on(dense, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("weights are not finite")
 
     monkeypatch.setattr(forecast, "read_block", fail)
-    said = []
-    record = prunus.prune(
-        dense, tmp_path / "out", calibration=token_ids(), announce=said.append, progress=False
-    )
-    assert record.state == "finished"
-    assert not any("the run takes" in str(each) for each in said)
+    text = str(ids_file(tmp_path / "ids.safetensors"))
+    command, plan = planned(dense, calibration=text)
+    assert command.forecast(plan) is None
 
 
 def test_a_measurement_grows_with_windows_and_blocks(dense):

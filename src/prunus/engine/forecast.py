@@ -95,15 +95,11 @@ class Steps:
         return embedding + loss + len(plan.skeleton) * block
 
 
-def forecast(
-    plan: LinearPlan, windows: Tensor | None, trial: Callable[[LinearPlan, Tensor], Trial]
-) -> float | None:
-    """Seconds that a run takes from its measurement or embedding to its end.
+def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> float | None:
+    """Seconds that a run takes from reading the tokenizer to its end.
 
     Args:
         plan: The run.
-        windows: Its calibration windows (windows, tokens). None for a plan, which has not read the
-            text: then it is from reading the tokenizer to the end.
         trial: Tries what the command does before its blocks.
 
     Returns:
@@ -115,23 +111,21 @@ def forecast(
     special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs"
     if unknown or special or training.two_passes or training.head:
         return None
-    if windows is None and max(plan.memory.stored) > _MOST_BYTES:
+    if max(plan.memory.stored) > _MOST_BYTES:
         return None
     started = time.perf_counter()
     # What is wrong with weights or memory is found and said by the run itself.
     with contextlib.suppress(Exception):
-        reading = 0.0
         if plan.keeps_freed_memory:
             keep_freed_memory()
-        if windows is None:
-            if plan.needs_inputs and isinstance(find_source(recipe.calibration), TextSource):
-                run_tokenizer(plan)
-            reading = time.perf_counter() - started
-            shape = (3 * plan.batch + PROBE_WINDOWS, recipe.seqlen)
-            generator = torch.Generator().manual_seed(0)
-            windows = torch.randint(plan.skeleton.vocabulary, shape, generator=generator)
+        if plan.needs_inputs and isinstance(find_source(recipe.calibration), TextSource):
+            run_tokenizer(plan)
+        reading = time.perf_counter() - started
+        shape = (3 * plan.batch + PROBE_WINDOWS, recipe.seqlen)
+        generator = torch.Generator().manual_seed(0)
+        windows = torch.randint(plan.skeleton.vocabulary, shape, generator=generator)
         before = trial(plan, windows)
-        return reading + before.seconds + _blocks(plan, windows, before, reading > 0)
+        return reading + before.seconds + _blocks(plan, windows, before)
     return None
 
 
@@ -154,8 +148,8 @@ def two_blocks(plan: LinearPlan) -> LinearPlan:
     return replace(plan, skeleton=skeleton, storage=replace(plan.storage, selection=selection))
 
 
-def _blocks(plan: LinearPlan, windows: Tensor, before: Trial, hashes: bool) -> float:
-    """Seconds from the embedding to the end; `hashes` adds those of hashes before it."""
+def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
+    """Seconds from the hashes of what is outside the blocks to the end."""
     reconstruction, last = plan.reconstruction, len(plan.skeleton) - 1
     # Training needs a batch to train on, and one to check it.
     count = plan.walks_windows * (2 if reconstruction else 1)
@@ -191,7 +185,7 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial, hashes: bool) -> f
     first, *of_last = of_kind.values()
     seconds += first * others / stored[min(1, last)] + sum(of_last)
     written = plan.storage.copies * plan.storage.file_bytes()
-    return seconds + read * (sum(stored) + written + hashes * plan.memory.outside)
+    return seconds + read * (sum(stored) + written + plan.memory.outside)
 
 
 def _training(plan: LinearPlan, index: int, record: ReconstructionRecord, batches: int) -> float:

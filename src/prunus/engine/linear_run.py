@@ -26,7 +26,7 @@ from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.words import about, counted
+from prunus.hardware.words import counted
 from prunus.kernels.library import missing_words
 from prunus.model.source import ModuleSource
 
@@ -60,12 +60,12 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
             session.tell(words)
         return plan
 
-    def forecast(self, plan: LinearPlan, windows: torch.Tensor | None = None) -> float | None:
-        """See `forecast`; a plan has no `windows`."""
+    def forecast(self, plan: LinearPlan) -> float | None:
+        """See `forecast`."""
         # Whoever reads how a model is pruned passes it by.
         from prunus.engine.forecast import forecast
 
-        return forecast(plan, windows, self.trial)
+        return forecast(plan, self.trial)
 
     def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
         """What is tried of the steps before the blocks; see `forecast`."""
@@ -87,16 +87,9 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         }
 
     def prepare(self, run: Run[LinearPlan, _Record]) -> None:
-        """Say how long the run takes, and decide the sparsity of every linear.
-
-        A resumed run takes it from its record.
-        """
+        """Decide the sparsity of every linear; a resumed run takes it from its record."""
         record = run.record
         recipe = run.plan.recipe
-        if run.session.announce is not None and not record.blocks:
-            seconds = self.forecast(run.plan, run.windows)
-            if seconds is not None:
-                run.session.tell(f"the run takes {about(seconds)} from here")
         if not record.allocation and recipe.measures == "nothing":
             record.allocation = dict(run.plan.sparsities)
         elif not record.allocation:
