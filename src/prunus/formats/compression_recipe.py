@@ -86,8 +86,7 @@ class CompressionRecipe(LinearOptions):
     type: Annotated[
         str | None,
         Option(
-            "Store linears as a GGUF type, such as Q4_K, or as NVFP4 or MXFP4 in a folder, or all "
-            "tensors of a GGUF file as FILE has them.",
+            "Store linears as a type, such as Q4_K or NVFP4, or all tensors as FILE has them.",
             metavar="TYPE",
         ),
     ] = None
