@@ -155,7 +155,8 @@ def test_transformers_alone_reads_a_file_as_its_import(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmoe"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 def test_the_imported_tokenizer_has_the_tokens_of_the_file_alone(family, named, tmp_path):
-    dense = gguf_checkpoint(tmp_path / "dense", family, hidden_size=32, intermediate_size=64)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4}
+    dense = gguf_checkpoint(tmp_path / "dense", family, **sizes)
     path = dense / "tokenizer_config.json"
     if not named:  # then classes of transformers add <|endoftext|>
         config = json.loads(path.read_text())
