@@ -169,14 +169,14 @@ def counted(count: int, noun: str) -> str:
 
 
 def about(seconds: float) -> str:
-    """A time for people, who do not ask for seconds of an hour.
+    """A time for people, who do not ask for seconds of an hour; at least a second.
 
-    >>> about(41.3), about(700), about(9000)
-    ('about 41 s', 'about 12 min', 'about 2.5 h')
+    >>> about(0.2), about(41.3), about(700), about(9000)
+    ('about 1 s', 'about 41 s', 'about 12 min', 'about 2.5 h')
     """
     units = (("s", 1, 120, 0), ("min", 60, 7200, 0), ("h", 3600, math.inf, 1))
     unit, size, _, digits = next(x for x in units if seconds < x[2])
-    return f"about {seconds / size:.{digits}f} {unit}"
+    return f"about {max(seconds, 1) / size:.{digits}f} {unit}"
 
 
 def in_bytes(count: int) -> str:
