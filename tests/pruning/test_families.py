@@ -28,8 +28,8 @@ from places import REPOSITORY
 from prunus.engine.linear_plan import plan_run
 from prunus.engine.run_options import RunOptions
 from prunus.model.calls import BlockStubs
-from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.kinds import CAUSAL, kind_of
+from prunus.model.loading import load_model
 from prunus.pruning.recipe import Recipe
 from recovery_cases import SHORT, shards, training_text
 from reference import assert_three_ways_agree, prune_as_called, prune_rows, wanda_by_whole_runs
@@ -221,7 +221,7 @@ def test_what_follows_pruning(family, tmp_path):
 def test_compression(tmp_path):
     dense = image_text_checkpoint(tmp_path / "dense", "llava")
     prunus.compress(dense, tmp_path / "out", bits=4, calibration=token_ids(8, 64))
-    ids, model = token_ids(), loaded_with_images(resolve_folder(tmp_path / "out"))
+    ids, model = token_ids(), load_model(tmp_path / "out")
     assert model(input_ids=ids).logits.isfinite().all()
     assert sum(map(len, shards(tmp_path / "out").values())) < sum(map(len, shards(dense).values()))
 
