@@ -642,9 +642,7 @@ def test_a_method_is_given_as_an_object():
     method = Method(
         name="mine", summary="", function="prunus.methods.wanda:prune", needs="norms", groups=(3,)
     )
-    assert_refused(
-        ValueError, "does not support the group row", check_options, method, Pattern(), 0.5
-    )
+    assert_refused(ValueError, "does not support the group row", check_options, method, Pattern())
     weight_OI, X_TI = example(6, 12)
     pruned = method.prune(weight_OI, gather(X_TI), Pattern(group=3), 0.5)
     assert int(pruned.keep_OI.sum()) == 36
