@@ -131,7 +131,7 @@ def fp4(shape: tuple[int, int], is_nvfp4: bool) -> tuple[Parts, torch.Tensor]:
 
 def tensors_of(form: str, bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
     """The quantization_config of compressed-tensors with one group."""
-    weights = {"num_bits": bits, "type": kind, "symmetric": True, **more}
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group", **more}
     group = {"targets": ["Linear"], "weights": weights}
     return {
         "quant_method": "compressed-tensors",
@@ -163,7 +163,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Make]] = {
         {"quant_method": "awq", "bits": 8, "group_size": 16, "version": "GEMM"},
         lambda shape: awq(shape, 8),
     ),
-    "int8": (tensors_of("int-quantized", 8, strategy="channel"), int8),
+    "int8": (tensors_of("int-quantized", 8, strategy="channel", symmetric=False), int8),
     "float8 of rows": (
         tensors_of("float-quantized", 8, "float", strategy="channel"),
         lambda shape: fp8(shape, 1, shape[1], "weight_scale"),
@@ -172,8 +172,21 @@ FORMATS: dict[str, tuple[dict[str, Any], Make]] = {
         tensors_of("float-quantized", 8, "float", strategy="block", block_structure=[24, 24]),
         lambda shape: fp8(shape, 24, 24, "weight_scale"),
     ),
-    "nvfp4": (tensors_of("nvfp4-pack-quantized", 4, "float"), lambda shape: fp4(shape, True)),
-    "mxfp4": (tensors_of("mxfp4-pack-quantized", 4, "float"), lambda shape: fp4(shape, False)),
+    "nvfp4": (
+        tensors_of(
+            "nvfp4-pack-quantized",
+            4,
+            "float",
+            strategy="tensor_group",
+            group_size=16,
+            scale_dtype="torch.float8_e4m3fn",
+        ),
+        lambda shape: fp4(shape, True),
+    ),
+    "mxfp4": (
+        tensors_of("mxfp4-pack-quantized", 4, "float", group_size=32, scale_dtype="torch.uint8"),
+        lambda shape: fp4(shape, False),
+    ),
 }
 #: gpt-oss, whose attention stays as it is.
 FUSED = "experts of gpt-oss"
@@ -186,7 +199,7 @@ for _form, _bits, _ordered in (
         partial(gptq, bits=_bits, form=_form, ordered=_ordered),
     )
 for _bits in range(1, 9):
-    _config = tensors_of("pack-quantized", _bits, strategy="group", group_size=32)
+    _config = tensors_of("pack-quantized", _bits, group_size=32, symmetric=_bits % 2 == 0)
     FORMATS[f"integers of {_bits} bits"] = (
         _config,
         partial(integers, bits=_bits, symmetric=_bits % 2 == 0),
