@@ -42,9 +42,9 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
-    Loaded models, adapters and what other programs have quantised in their own way are never
-    streamed. If whole models on a CPU leave
-    room, the process keeps the memory that it frees from here on; see `keep_freed_memory`.
+    Loaded models, adapters and checkpoints that prunus does not expand itself are never streamed.
+    If whole models on a CPU leave room, the process keeps the memory that it frees from here on;
+    see `keep_freed_memory`.
 
     Args:
         folders: The folders of the models; None for a loaded one.

@@ -57,7 +57,7 @@ _REPLACEMENTS = {
 _IMPORTANCES = "quantize.imatrix."
 # Weights of a linear in which a grid is looked for: 256 blocks.
 _SAMPLE = 2**13
-# Mixtures of so many experts get more bits in attention.
+# The number of experts with which llama-quantize gives attention more bits.
 _EIGHT = 8
 
 
