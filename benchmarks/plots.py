@@ -28,10 +28,7 @@ from window_errors import mcnemar, ratio_and_error
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 #: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
-WITH_TABLES = (
-    ROOT / "docs" / "results" / "index.md",
-    ROOT / "docs" / "tutorials" / "two-of-four.md",
-)
+WITH_TABLES = (ROOT / "docs" / "results" / "index.md",)
 TEXT = "wikitext2"
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "python-code": "Python"}
 #: Series of all plots, in the order of their loss: name in the JSON -> label and colour.
@@ -191,15 +188,6 @@ def parts_table(_figures: Figures) -> str:
             rows.append({"": f"{model}, {run}", "all": f"{of_run['all']:.0f}"} | cells)
     header = ["", *names]
     return markdown(header, [[row.get(name, "") for name in header] for row in rows])
-
-
-def two_of_four_table(figures: Figures) -> str:
-    """Perplexity and gap at 2:4."""
-    rows = [
-        [label, perplexity(figures, name, "2:4"), f"{figures.gap(name, '2:4'):.2f}"]
-        for name, label in labels()
-    ]
-    return markdown(["", "perplexity at 2:4", "residual gap"], rows)
 
 
 def text_table(_figures: Figures) -> str:
@@ -363,7 +351,6 @@ TABLES = {
     "perplexity": perplexity_table,
     "time": time_table,
     "parts": parts_table,
-    "two-of-four": two_of_four_table,
 }
 
 

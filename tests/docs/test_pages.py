@@ -84,8 +84,8 @@ def test_tables_of_the_pages_are_those_of_the_figures(plots):
         assert plots.with_tables(text, figures) == text, f"{path.name} is out of date"
 
 
-#: Sentences and rows of tables with the divergence of prunus's files in units of llama.cpp's, on
-#: prose and on code: page -> (model, preset, row of the figures) -> where the page states it.
+#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code:
+#: page -> (model, preset, row of the figures) -> where the page states it.
 RATIOS = {
     "CHANGELOG.md": {
         (
@@ -102,16 +102,6 @@ RATIOS = {
             "nearest",
         ): r"Q4_K_M has (\d\.\d+) and (\d\.\d+) of its loss with",
         (
-            "Qwen2.5-Coder-1.5B",
-            "Q4_K_M",
-            "fast",
-        ): r"`--fast-on avx512` [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \| \| IQ3_XXS",
-        (
-            "Qwen2.5-Coder-1.5B",
-            "IQ3_XXS",
-            "prunus",
-        ): r"IQ3_XXS .*?prunus [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \|",
-        (
             "SmolLM2-135M",
             "Q2_K",
             "prunus types",
@@ -119,11 +109,6 @@ RATIOS = {
         ("SmolLM2-135M", "Q4_K_M", "prunus types"): r"and (\d\.\d+) and (\d\.\d+) of that of Q4",
         ("SmolLM2-135M", "Q2_K", "prunus"): r"prunus itself has (\d\.\d+) and (\d\.\d+)",
         ("SmolLM2-135M", "Q4_K_M", "prunus"): r"prunus itself.*?, (\d\.\d+) and (\d\.\d+) \(",
-        (
-            "Qwen2.5-Coder-1.5B",
-            "Q2_K",
-            "fast",
-        ): r"\| Q2_K \|.*? `--fast-on avx512` [^a-z]*?\| (\d\.\d+) \| (\d\.\d+) \|",
     },
 }
 
