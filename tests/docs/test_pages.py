@@ -95,21 +95,6 @@ RATIOS = {
         ): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
         ("Qwen2.5-Coder-1.5B", "Q4_K_M", "prunus"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
     },
-    "docs/reference/gguf.md": {
-        (
-            "Qwen2.5-Coder-1.5B",
-            "Q4_K_M",
-            "nearest",
-        ): r"Q4_K_M has (\d\.\d+) and (\d\.\d+) of its loss with",
-        (
-            "SmolLM2-135M",
-            "Q2_K",
-            "prunus types",
-        ): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
-        ("SmolLM2-135M", "Q4_K_M", "prunus types"): r"and (\d\.\d+) and (\d\.\d+) of that of Q4",
-        ("SmolLM2-135M", "Q2_K", "prunus"): r"prunus itself has (\d\.\d+) and (\d\.\d+)",
-        ("SmolLM2-135M", "Q4_K_M", "prunus"): r"prunus itself.*?, (\d\.\d+) and (\d\.\d+) \(",
-    },
 }
 
 
