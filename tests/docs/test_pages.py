@@ -170,7 +170,7 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         f"Q2_K, makes {small:.0f} MB of it",
         f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
         "Python code",
-        "On the worst of five texts, messages in other scripts, it loses "
+        "On the worst of five texts, messages in non-Latin scripts, it loses "
         f"{in_words(worst)} as much ({ours:.3f} against {theirs:.3f})",
         f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
         f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
