@@ -98,8 +98,7 @@ def cut_rows(ids_NT: torch.Tensor, seqlen: int) -> torch.Tensor:
             [5, 6],
             [7, 8]])
     """
-    per_row = ids_NT.shape[1] // seqlen
-    return ids_NT[:, : per_row * seqlen].reshape(-1, seqlen)
+    return ids_NT[:, : ids_NT.shape[1] // seqlen * seqlen].reshape(-1, seqlen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,8 +91,7 @@ def _by_inputs(
     plan: LinearPlan, statistics: dict[str, InputStatistics], digests: dict[str, str]
 ) -> dict[str, float]:
     """The sparsities that OWL or the user's own function gives to the linears."""
-    source = HashedSource(plan.source, plan.skeleton, digests)
-    read = functools.lru_cache(maxsize=1)(source.block)
+    read = functools.lru_cache(maxsize=1)(HashedSource(plan.source, plan.skeleton, digests).block)
     places = plan.skeleton.all_linears()
 
     def weight_of(name: str) -> Tensor:

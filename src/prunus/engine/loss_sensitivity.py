@@ -130,8 +130,7 @@ def measure_loss(
     """
     windows = ids[:PROBE_WINDOWS]
     windows = windows if windows.is_floating_point() else windows[:, :PROBE_TOKENS]
-    source = HashedSource(plan.source, plan.skeleton, digests)
-    stream = Stream(plan.skeleton, source, plan.device)
+    stream = Stream(plan.skeleton, HashedSource(plan.source, plan.skeleton, digests), plan.device)
     steps = (1 + _BACKWARD) * len(plan.skeleton)
     count = session.preparing("measuring what errors of each linear cost", steps, plan.device)
     with torch.no_grad(), contextlib.closing(stream):
@@ -347,8 +346,7 @@ def _gradient_of_change(stream: Stream, seed: int) -> Tensor:
     hidden = stream.states.get(0).float()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    norms = hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return drawn / norms
+    return drawn / hidden.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class _Sums:
@@ -395,8 +393,7 @@ class _Sums:
             # No token chose this expert, so give it the smallest sensitivity.
             rows, columns = self.linear.shape
             return LinearSensitivity(torch.full((rows,), 1e-12), importance_I=torch.ones(columns))
-        squares_I = self._statistics.sum_squares_I.float()
-        importance_I = (squares_I / self._statistics.tokens).cpu()
+        importance_I = (self._statistics.sum_squares_I.float() / self._statistics.tokens).cpu()
         return LinearSensitivity(_shared(self._squares_O / unit).cpu(), importance_I=importance_I)
 
     def with_feedback(self, damping: float | None, unit: float) -> LinearSensitivity:

@@ -70,8 +70,7 @@ def collect_statistics(
 
     with contextlib.closing(stream):
         batches = own_part(ids.split(plan.batch))
-        spill_to = spill_folder if memory.spills else None
-        stream.embed(batches, spill_to, memory.hidden_states_stay)
+        stream.embed(batches, spill_folder if memory.spills else None, memory.hidden_states_stay)
         for index, walk in enumerate(agreed_walks(plan.walks)):
             name, selected = skeleton.block_name(index), plan.selected[index]
             set_location(name)
