@@ -165,8 +165,7 @@ class BlockReconstruction:
         tokens = math.prod(shape) // hidden
         settings = shared.settings
         options = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
-        epochs = settings.epochs or options.epochs
-        options = replace(options, epochs=epochs, dtype=settings.dtype)
+        options = replace(options, epochs=settings.epochs or options.epochs, dtype=settings.dtype)
         keys = [f"{linear}.weight" for linear in self.trained]
         masks = self._masks({key: pruned[key] for key in keys}, stored)
         batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))

@@ -162,8 +162,7 @@ def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:
     tensors = tensors_of(architecture, options, infos)
     _check_experts(kind, architecture, options, tensors)
     writer = new_fields(architecture)
-    extra = _rope_factors(writer, options)
-    tensors = [*extra, *tensors]
+    tensors = [*_rope_factors(writer, options), *tensors]
     _add_metadata(writer, folder, tensors)
     _add_parameters(writer, architecture, options)
     _add_tokenizer(writer, folder, architecture, options)
