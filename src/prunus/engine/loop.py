@@ -152,7 +152,6 @@ def run_blocks(
             if ranks().size > 1 or not plan.keeps_freed_memory:
                 return_freed_memory()
             report(position, block.message)
-    return_freed_memory()
 
 
 def read_block(plan: RunPlan, index: int, measured: Mapping[str, str]) -> StoredBlock:

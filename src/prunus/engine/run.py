@@ -32,7 +32,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunInputs
 from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.session import SILENT, Session, shown_session
-from prunus.hardware.machine import keep_freed_memory, peak_memory
+from prunus.hardware.machine import keep_freed_memory, peak_memory, return_freed_memory
 from prunus.options import Options
 
 _Plan = TypeVar("_Plan", bound=Any)
@@ -293,6 +293,8 @@ class RecordedCommand(Command[_Plan, _Record]):
         if folder is not None:
             record.forget_missing({*on_rank_0(lambda: folder.begin(options.overwrite))})
         self.change(run, prepared)
+        # Only now: the embedding and the head, rounded after the last block, use the pages again.
+        return_freed_memory()
         return record
 
 
