@@ -143,16 +143,19 @@ class Weight(NamedTuple):
     coded: Callable[[dict[str, Tensor]], Coded]
     transposed: bool = False
 
-    def read(self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool) -> Tensor:
-        """The dense weight, in memory of its own."""
-        tensors = dict(checkpoint.read(self.parts.values()))
-        parts = {role: tensors[name] for role, name in self.parts.items()}
-        dense = torch.empty(self.shape, dtype=dtype, pin_memory=pinned)
+    def read(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool, first: bool = False
+    ) -> Tensor:
+        """The dense weight, or the first matrix of one with three axes, in memory of its own."""
+        read = checkpoint.first if first else checkpoint.whole
+        parts = {role: read(name) for role, name in self.parts.items()}
+        dense = torch.empty(self.shape[first:], dtype=dtype, pin_memory=pinned)
         if dense.dim() == 2:
-            self.coded(parts).write(dense)
+            self.coded(parts).write(dense.T if self.transposed else dense)
         for index, matrix in enumerate(dense if dense.dim() == 3 else ()):
-            coded = self.coded({role: tensor[index] for role, tensor in parts.items()})
-            coded.write(matrix.T if self.transposed else matrix)
+            self.coded({role: tensor[index] for role, tensor in parts.items()}).write(
+                matrix.T if self.transposed else matrix
+            )
         return dense
 
 
@@ -516,6 +519,13 @@ class DenseCheckpoint(Checkpoint):
             return self._stored.pieces(name, most, begin)
         size = self._dtype.itemsize
         return iter(self.whole(name).flatten()[begin // size :].split(most // size))
+
+    def first(self, name: str) -> Tensor:
+        """The first part of a dense tensor; see `Checkpoint.first`."""
+        weight = self._weights.get(name)
+        return (
+            weight.read(self._stored, self._dtype, False, True) if weight else super().first(name)
+        )
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of all parts of a tensor."""
