@@ -200,6 +200,7 @@ def test_parts_that_do_not_belong_together(name, part, change, words, source, tm
     ("name", "changes", "words"),
     [
         ("gptq in 4 bits", {"bits": 8}, "has codes of 4 bits, and config.json says 8"),
+        ("gptq in 4 bits", {"bits": 3}, "gptq in 3 bits is none that .* the program that made it"),
         ("gptq in 4 bits", {"group_size": 32}, "has 4 groups, and group_size 32 makes 2"),
         ("gptq in 4 bits", {"checkpoint_format": "marlin"}, "in the format 'marlin', and prunus"),
         ("gptq in 4 bits", {"quant_method": "fp8"}, "by fp8, and no tensor is stored so"),

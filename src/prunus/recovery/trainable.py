@@ -154,8 +154,9 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
     if not (folder / Manifest.FILE).exists():
         return None
     manifest = Manifest.load(folder)
-    names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
-    return names | ({head} if manifest.head is not None and head is not None else set())
+    return {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears} | (
+        {head} if manifest.head is not None and head is not None else set()
+    )
 
 
 def check_zeros(
