@@ -25,6 +25,7 @@ from gguf_cases import (
 from prunus.formats.gguf import template as gguf_template
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.result import read_record
+from quantized import FUSED, quantize
 from refusals import assert_refused
 from stopping import interrupt
 
@@ -173,7 +174,8 @@ def test_equal_blocks_and_equal_experts_keep_their_places(tmp_path):
 
 def gpt_oss(folder: Path) -> dict[str, torch.Tensor]:
     """Tensors of llama.cpp's names: gate and up alternate in the checkpoint, and are transposed."""
-    gguf_checkpoint(folder, "gpt_oss", intermediate_size=64)
+    if not folder.exists():
+        gguf_checkpoint(folder, "gpt_oss", intermediate_size=64)
     known, tensors = load_file(folder / "model.safetensors"), {}
     for name, ours in (("token_embd", "model.embed_tokens"), ("output", "lm_head")):
         tensors[f"{name}.weight"] = known[f"{ours}.weight"]
@@ -201,6 +203,18 @@ def test_experts_that_the_checkpoint_has_in_one_tensor_are_compressed(tmp_path):
     assert_close(tmp_path / "x.gguf", tensors)
     kinds = {x.tensor_type.name for x in GgufFile.open(tmp_path / "x.gguf").tensors.values()}
     assert kinds == {*record.types.values(), "F32", "BF16"}  # biases of all experts are a matrix
+
+
+def test_experts_in_mxfp4_keep_their_values(tmp_path):
+    few, dense = quantize(
+        gguf_checkpoint(tmp_path / "source", "gpt_oss", intermediate_size=64), tmp_path, FUSED
+    )
+    template = write_container(tmp_path / "full.gguf", gpt_oss(dense))
+    record = compress(few, tmp_path / "x.gguf", bits=6.0, dense_weight=0.0, template=template)
+    ours, theirs = contents(tmp_path / "x.gguf"), contents(template)
+    assert all(
+        kind == "MXFP4" for name, kind in record.types.items() if ".experts." in name
+    ) and all(torch.equal(ours[name], theirs[name]) for name in theirs if "_exps.weight" in name)
 
 
 def test_what_has_no_type_has_the_numbers_of_the_checkpoint_in_the_order_of_the_template(tmp_path):

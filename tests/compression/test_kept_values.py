@@ -65,6 +65,7 @@ def test_a_file_has_the_values_that_the_weights_had_and_is_no_larger_than_they_n
     assert f"{len(linears)} of {len(linears)} linears keep their values" in str(record.table())
     said = call("plan", dense, tmp_path / "y.gguf", "--bits", 8, "--seqlen", 16).output
     assert f"100% lie on {kind}'s grid" in " ".join(said.split())
+    assert f"100% lie on {kind}'s grid" in (tmp_path / "x.README.md").read_text()
 
 
 def test_a_file_that_is_as_large_as_the_weights_need_has_no_place_for_a_record(tmp_path):

@@ -43,23 +43,25 @@ def test_types_that_a_width_forced_on_a_preset_are_named(preset, wanted, tmp_pat
 
 def test_types_that_no_width_explains_are_only_counted(tmp_path):
     """Q5_1 takes the place of Q5_K, which Q2_K never has; Q8_0 is what its name says."""
-    audit = FileAudit.of(narrow(tmp_path, "tiny-Q2_K.gguf", "Q5_1"))
-    assert (audit.replaced, audit.other_types) == ([], {"Q5_1": 16})
-    audit = FileAudit.of(narrow(tmp_path, "tiny-Q8_0.gguf", "Q8_0"))
-    assert (audit.replaced, audit.other_types) == ([], {})
+    for name, kind, others in (("Q2_K", "Q5_1", {"Q5_1": 16}), ("Q8_0", "Q8_0", {})):
+        audit = FileAudit.of(narrow(tmp_path, f"tiny-{name}.gguf", kind))
+        assert (audit.replaced, audit.other_types) == ([], others)
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1"])
-def test_linears_that_were_rounded_before_are_counted(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [("F16", "Q4_0's grid"), ("Q8_0", "a grid of 4 bits"), ("Q5_1", "a grid of 4 bits")],
+)
+def test_linears_that_were_rounded_before_are_counted(kind, grid, tmp_path):
     """Only weights that had been in Q4_0 have four bits; those of any type have its own."""
     model = tiny_llama()
     write_gguf(model, tmp_path / "fresh.gguf", kind)
     model.load_state_dict(write_gguf(model, tmp_path / "first.gguf", "Q4_0"))
     write_gguf(model, tmp_path / "again.gguf", kind)
-    for name, found in {"fresh": {}, "first": {}, "again": {"4 bits": 14}}.items():
+    for name, found in {"fresh": {}, "first": {}, "again": {grid: 14}}.items():
         assert FileAudit.of(tmp_path / f"{name}.gguf", reads_weights=True).coarser == found
     printed = call("inspect", tmp_path / "again.gguf", tmp_path / "first.gguf").stdout
-    assert "14 on one of 4 bits" in printed
+    assert f"14 on {grid}" in printed
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ from prunus.model.checkpoint.output_folder import (
     is_vacant,
 )
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, Checkpoint, Writable, save_safetensors
-from prunus.model.config import dense_config, quantization
+from prunus.model.config import dense_config, quantization, read_config
 from prunus.model.source import tensors_digest
 from prunus.options import Options
 
@@ -293,7 +293,7 @@ class ResultFolder:
         folder = self.folder
         if self.source is not None:
             here = self.source.folder
-            if config is None and quantization(here):
+            if config is None and quantization(read_config(here / "config.json")):
                 config = dense_config(here)
             for path in auxiliary_files(here, code=code):
                 if path.name not in RECORD_FILES and (config is None or path.name != "config.json"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,12 +44,12 @@ from prunus.methods.allocation import (
     mean_sparsity,
     shares_by_hand,
 )
+from prunus.methods.levels import value_bits
 from prunus.methods.own_code import GIVEN
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.methods.table import METHOD_NAMES
 from prunus.model.checkpoint.tensor_files import Checkpoint
-from prunus.model.levels import grid_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -56,8 +57,9 @@ from prunus.model.source import CheckpointSource, ModuleSource
 if TYPE_CHECKING:
     from prunus.engine.masks import Masks
 
-# At most about this number of matrices is sampled, to see whether weights were rounded before.
-_SAMPLED = 24
+# To see whether weights were rounded before: about the most matrices that are looked at, and the
+# weights at the beginning of each.
+_SAMPLED, _SAMPLE = 24, 2**15
 
 
 class LinearSelection(NamedTuple):
@@ -109,11 +111,6 @@ class Storage:
     measures_loss: bool = False
     unmatched: Mapping[str, list[str]] = field(default_factory=dict)
     copies: int = 1
-
-    @property
-    def lossless(self) -> str:
-        """Which linears a type stores without a loss, for people; empty for none."""
-        return ""
 
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
@@ -177,7 +174,6 @@ class LinearPlan(RunPlan):
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
         - `rounded_before`: the same in words; empty where the weights lie on no grid;
         - `unmatched`: "the template" and "the checkpoint" -> what only one of the two has;
-        - `lossless`: which linears have the values of a type of the result already, in words;
         - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
           rule by hand its sparsity and its numbers of linears and of weights.
         """
@@ -191,7 +187,6 @@ class LinearPlan(RunPlan):
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "grid_bits": self.grid_bits,
             "rounded_before": f"rounded to about {self.grid_bits} bits" if self.grid_bits else "",
-            "lossless": self.storage.lossless,
             "unmatched": self.storage.unmatched,
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
@@ -266,7 +261,10 @@ class LinearPlan(RunPlan):
 
     @functools.cached_property
     def grid_bits(self) -> int | None:
-        """The bits of the grid that stored weights lie on, or None; see `levels.grid_bits`."""
+        """The bits of the grid that most of the stored matrices lie on; None if most lie on none.
+
+        Types are not needed for it; `SizePlan.lossless` names the grid that is one of a type.
+        """
         if isinstance(self.source, ModuleSource):
             return None
         checkpoint, last = self.source.checkpoint, len(self.skeleton) - 1
@@ -277,7 +275,11 @@ class LinearPlan(RunPlan):
             if len(checkpoint.tensors[key].shape) > 1
         ]
         # A block of experts may have hundreds.
-        return grid_bits(checkpoint, matrices[:: 1 + len(matrices) // _SAMPLED])
+        samples = (
+            next(checkpoint.pieces(x, _SAMPLE * checkpoint.tensors[x].dtype.itemsize))
+            for x in matrices[:: 1 + len(matrices) // _SAMPLED]
+        )
+        return statistics.mode([value_bits(values) for values in samples] or [None])
 
     # The dense model next to the pruned one, and training towards it.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.group_quantizer import GroupQuantizer, Spans
-from prunus.model.checkpoint.quantized import from_stream
+from prunus.model.checkpoint.quantized import FP4_BY_CODE, from_stream
 
 
 class Field(NamedTuple):
@@ -157,11 +157,11 @@ class BlockType(GroupQuantizer):
 
 #: The codes of a quantiser whose spans are single groups.
 ONE = (1, 1)
-#: The values of FP4 (e2m1: a sign, two bits of an exponent, one of a mantissa). Both zeros have a
-#: level.
-FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
-#: The integer of each of them: the sign is its highest bit.
+#: The integer of each value of FP4, rising: the sign is its highest bit.
 FP4_ORDER = (*range(15, 7, -1), *range(8))
+#: The values of FP4 (e2m1: a sign, two bits of an exponent, one of a mantissa). Both zeros have a
+#: level, and the sum makes both positive, so that no dense weight is a negative zero.
+FP4 = tuple(FP4_BY_CODE[code] + 0 for code in FP4_ORDER)
 
 
 def integers(bits: int) -> tuple[int, ...]:

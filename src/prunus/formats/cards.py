@@ -51,13 +51,14 @@ def commands(programs: Mapping[str, str], path: Path) -> dict[str, str]:
     }
 
 
-def quantized_card(record: CompressionRecord, words: CardWords, source: Path) -> str:
+def quantized_card(record: CompressionRecord, words: CardWords, source: Path, lossless: str) -> str:
     """The card of a result of compress that needs nothing of prunus.
 
     Args:
         record: The record of the run.
         words: What it says of the format.
         source: The folder of the source, whose card is extended.
+        lossless: Which linears of the source lie on the grid of a type; empty if none do.
     """
     programs = commands(words.programs, words.path)
     lines = [f"{command}  # {program}" for program, command in programs.items()]
@@ -69,6 +70,7 @@ def quantized_card(record: CompressionRecord, words: CardWords, source: Path) ->
         [
             f"{source_name(record)} {words.what.format(bits=bits)}",
             "" if record.size is None else " ".join(record.size.sentences()),
+            f"Of the linears of the original, {lossless}." if lossless else "",
             "\n".join(["```sh", *lines, "```"]),
             f"Calibration: {calibration_words(record)}.",
             f"`prunus eval {words.path} --reference {source_name(record)} --perplexity "

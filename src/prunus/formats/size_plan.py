@@ -104,11 +104,13 @@ class Given:
     def sample(self, name: str) -> torch.Tensor:
         """The first and the last rows of a weight, to see whether they lie on a lattice.
 
-        Of a piece of a fused tensor there are none.
+        The first expert stands for all that are stored in one tensor.
         """
         checkpoint, key = self.source.checkpoint, self.source.weight_key(name)
-        if key not in checkpoint.tensors:
-            return torch.empty(0, 1)
+        if (piece := self.source.pieces.get(key)) is not None:
+            leaf = piece.fused.members.index(piece.name) % len(piece.fused.leaves)
+            rows_OI = [*piece.fused.cut(checkpoint.first(piece.key)[None]).values()][leaf]
+            return torch.cat([rows_OI[:_SAMPLED], rows_OI[-_SAMPLED:]])
         info = checkpoint.tensors[key]
         most = _SAMPLED * info.shape[-1] * info.dtype.itemsize
         starts = sorted({0, max(0, info.nbytes - most)})
@@ -369,12 +371,17 @@ class SizePlan(Storage):
         return f"{', '.join(parts)}: {in_bytes(nbytes)} lose nothing" if parts else ""
 
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
-        """The size of the files and what takes it, and the bits if there is one number of them."""
-        if self.tensors is None:
-            return {"file": self.size(self.file_bytes(), self.planned_parts()).model_dump()}
+        """The size of the files and what takes it, and `lossless`.
+
+        Also the bits, if there is one number of them.
+        """
+        parts = self.planned_parts() if self.tensors is None else parts_of(self.given, self.tensors)
         weight, *_ = self.weights.values()
-        size = self.size(self.file_bytes(), parts_of(self.given, self.tensors))
-        return {"bits": weight.quantizers[0].bits, "file": size.model_dump()}
+        return {
+            "file": self.size(self.file_bytes(), parts).model_dump(),
+            "lossless": self.lossless,
+            **({} if self.tensors is None else {"bits": weight.quantizers[0].bits}),
+        }
 
     def planned_parts(self) -> Counter[str]:
         """What will take the bytes of the result, before the types are chosen."""
@@ -406,7 +413,9 @@ class SizePlan(Storage):
 
     def card(self, record: CompressionRecord) -> str:
         """The model card of the result."""
-        return quantized_card(record, self.words, self.given.source.checkpoint.folder)
+        return quantized_card(
+            record, self.words, self.given.source.checkpoint.folder, self.lossless
+        )
 
     def config(self, record: CompressionRecord) -> Mapping[str, object] | None:
         """The content of config.json, which says how each weight is stored."""

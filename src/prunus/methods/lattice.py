@@ -95,6 +95,10 @@ def on_lattice(weight_OI: Tensor, quantizer: GroupQuantizer) -> GroupedWeight | 
 def lossless_type(weight_OI: Tensor, quantizers: Iterable[GroupQuantizer]) -> GroupQuantizer | None:
     """The smallest of some types whose values a weight has already; None if it has those of none.
 
+    Three ask it: the plan and the model card of a result (for a few rows of each weight), the
+    choice of types (for all rows, since a few other ones would lose what the choice counts as
+    nothing), and `inspect` of a GGUF file. `on_lattice` alone is asked where a weight is rounded.
+
     Args:
         weight_OI: A weight, or some of its rows, in any float dtype.
         quantizers: The types.
@@ -105,9 +109,10 @@ def lossless_type(weight_OI: Tensor, quantizers: Iterable[GroupQuantizer]) -> Gr
 
 def _exact_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the fewest bits in which all numbers of a weight are exact."""
-    dtypes = (torch.bfloat16, torch.float16)
-    exact = (x for x in dtypes if torch.equal(weight.to(x).float(), weight.float()))
-    return next(exact, torch.float32)
+    few = (torch.bfloat16, torch.float16)
+    return next(
+        (x for x in few if torch.equal(weight.to(x).float(), weight.float())), torch.float32
+    )
 
 
 def _farthest(quantizer: GroupQuantizer) -> list[float]:

@@ -149,15 +149,15 @@ def require_config(folder: Path) -> None:
         )
 
 
-def quantization(folder: Path) -> dict[str, Any]:
-    """How config.json says that the weights are quantised; empty for a dense checkpoint."""
-    described = read_config(folder / "config.json").get("quantization_config")
+def quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """How a config.json says that the weights are quantised; empty for a dense checkpoint."""
+    described = config.get("quantization_config")
     return described if isinstance(described, dict) else {}
 
 
 def is_foreign(folder: Path) -> bool:
     """Whether the weights of a folder are quantised in a way that only other programs read."""
-    if not (described := quantization(folder)):
+    if not (described := quantization(read_config(folder / "config.json"))):
         return False
     from prunus.model.checkpoint.quantized import METHODS, method_of
 
@@ -175,12 +175,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     require_config(folder)
     refuse_packed(folder)
-    checkpoint = Checkpoint(folder)
-    if not (described := quantization(folder)):
+    checkpoint, config = Checkpoint(folder), read_config(folder / "config.json")
+    if not (described := quantization(config)):
         return checkpoint
     from prunus.model.checkpoint.quantized import DenseCheckpoint
 
-    config = read_config(folder / "config.json")
     names = {str(config.get(field)) for field in ("dtype", "torch_dtype")}
     dtype = next((x for x in _NUMBERS if str(x).removeprefix("torch.") in names), torch.bfloat16)
     return DenseCheckpoint(checkpoint, described, dtype)
@@ -220,9 +219,9 @@ def load_config(
             f"{folder / 'config.json'} describes no model that transformers "
             f"{transformers.__version__} knows: {reason(fault)}"
         ) from fault
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if checkpoint is not None or not quantization(folder):
+    # A class may have changed other fields, but this one is as in the file.
+    of_weights = {"quantization_config": vars(config).pop("quantization_config", None)}
+    if checkpoint is not None or not quantization(of_weights):
         _check_dtypes(folder, checkpoint)
     return config
 

@@ -19,7 +19,7 @@ from prunus.model.adapter import attach, check_adapter
 from prunus.model.checkpoint.card import keep_records, records_of
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.checkpoint.tensor_files import DTYPE_CODES, Checkpoint
-from prunus.model.config import is_foreign, load_config, open_checkpoint, quantization
+from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
@@ -120,7 +120,7 @@ def load_model(
     foreign = is_foreign(folder)
     checkpoint = Checkpoint(folder) if foreign else open_checkpoint(folder)
     # Else transformers would look for the parts of quantised weights.
-    dense = {"config": config} if quantization(folder) and not foreign else {}
+    dense = {"config": config} if type(checkpoint) is not Checkpoint else {}
     opened = partial(_ReadFile, checkpoint)
     try:
         with replaced(transformers.modeling_utils, "safe_open", opened):

@@ -59,13 +59,15 @@ def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
         if filled := [name for name in pruned if name in linears]:
             raise ValueError(
                 f"{folder} has pruned linears ({filled[0]} and others), whose zeros mode full "
-                "would fill: choose mode masked"
+                "would fill: choose mode masked, or mode lora if rounding to few bits made the "
+                "zeros, and no mask"
             )
         return whole_model(model, linears, {}), parameters
     if not pruned:
         raise ValueError(
             f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
-            f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
+            f"{MIN_ZERO_FRACTION:.0%} zeros that are not those of rounding; prune it first (prunus "
+            "prune), or choose mode full"
         )
     return whole_model(model, pruned, pruned), parameters
 

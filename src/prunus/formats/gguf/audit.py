@@ -24,7 +24,8 @@ from prunus.formats.gguf.file import RECORD_FIELD, GgufFile, check_extra, open_g
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
 from prunus.hardware.words import counted, in_bytes
-from prunus.model.levels import value_bits
+from prunus.methods.lattice import lossless_type
+from prunus.methods.levels import value_bits
 
 # Preset -> the types that it gives to matrices (`llama_tensor_get_type_impl`), but for Q6_K, which
 # any of them may give to the head.
@@ -84,8 +85,8 @@ class FileAudit:
             many tensors have them.
         importances: What llama-quantize noted of its importance matrix: `file`, `dataset`,
             `entries_count`, `chunks_count`; empty if it used none or did not say.
-        coarser: "4 bits", for example -> how many linears lie on such a grid, which is coarser than
-            their type: they were rounded before. None if the weights were not read.
+        coarser: "Q4_0's grid" or "a grid of 4 bits", for example -> how many linears lie on it. It
+            is coarser than their type: they were rounded before. None if the weights were not read.
     """
 
     file: str
@@ -159,7 +160,7 @@ class FileAudit:
             )
             or None,
             "linears on a coarser grid": ", ".join(
-                f"{count} on one of {bits}" for bits, count in (self.coarser or {}).items()
+                f"{count} on {grid}" for grid, count in (self.coarser or {}).items()
             )
             or None,
             "importance matrix": f"{noted.get('file', 'yes')}{chunks}" if noted else "not named",
@@ -252,12 +253,18 @@ def _compare(file: GgufFile, preset: str | None) -> tuple[list[dict[str, Any]], 
 
 
 def _coarser(file: GgufFile) -> Iterator[str]:
-    """Yield the bits of the grid of each linear whose values lie on a coarser one than its type."""
+    """Yield the grid of each linear whose values lie on a coarser one than its type has.
+
+    It has the name of the smallest type with these values. K types have no lattice that could be
+    found, and a type of more bits does not keep the lattice: then the bits are counted.
+    """
     for name in file.linears:
         kind, (*rows, columns) = file.tensors[name].tensor_type.name, file.shape(name)
         # Codebooks that prunus does not write have fewer bits than any grid.
         levels = len(TYPES[kind].values) if kind in TYPES else 2**16 * (kind in PLAIN_DTYPES)
         rows_O = torch.arange(min(-(-_SAMPLE // columns), math.prod(rows)))
-        bits = value_bits(torch.cat([*file.rows(name, rows_O)]).flatten())
+        rows_OI = torch.cat([*file.rows(name, rows_O)])
+        bits = value_bits(rows_OI.flatten())
         if bits is not None and 2**bits < levels:
-            yield counted(bits, "bit")
+            found = lossless_type(rows_OI, (x for x in TYPES.values() if len(x.values) < levels))
+            yield f"{found.name}'s grid" if found else f"a grid of {counted(bits, 'bit')}"

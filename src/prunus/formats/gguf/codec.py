@@ -207,9 +207,9 @@ def _weights(
             share = 0.0  # an embedding looks up one row
         count = rows[name] * columns
         sizes = [padded(x.nbytes_of(count)) for x in types]
-        shape = rows[name], columns
-        uses = count * share
-        weights[name] = TypedWeight(tensor.modules, shape, types, sizes, uses, lossless)
+        weights[name] = TypedWeight(
+            tensor.modules, (rows[name], columns), types, sizes, count * share, lossless
+        )
     return weights
 
 
@@ -264,7 +264,7 @@ class GgufPlan(SizePlan):
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         size = self.size(self.file_bytes(choice), parts).model_dump()
-        return {"file": size, "decoding": self._speed(types)}
+        return {"file": size, "decoding": self._speed(types), "lossless": self.lossless}
 
     def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""

@@ -214,7 +214,7 @@ class GgufResult(Result[CompressionRecord]):
         text = modelfile(self.path.name, source.checkpoint.folder, fields)
         write_text(folder.folder / "Modelfile", text)
         words = replace(plan.words, title=self.path.name, path=Path(self.path.name))
-        card = quantized_card(record, words, source.checkpoint.folder)
+        card = quantized_card(record, words, source.checkpoint.folder, plan.lossless)
         card = card.replace(f"`{record.FILE}`", f"the field `{RECORD_FIELD}` of the file")
         write_text(folder.folder / "README.md", card)
         write_gguf(folder.folder / FILE, fields, tensors)

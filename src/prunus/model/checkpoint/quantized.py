@@ -48,6 +48,8 @@ _OF_ACTIVATIONS = re.compile(
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _STEP = 2**22  # weights that are multiplied at a time, in float32
 
+#: The bits of the codes that are read, of the methods that have no other kinds.
+_BITS = {"gptq": (2, 4, 8), "awq": (4, 8)}
 #: The program that turns a checkpoint of a method into a dense one.
 _TOOLS = {
     "bitsandbytes": "transformers (`model.dequantize()`, then `save_pretrained`)",
@@ -143,16 +145,19 @@ class Weight(NamedTuple):
     coded: Callable[[dict[str, Tensor]], Coded]
     transposed: bool = False
 
-    def read(self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool) -> Tensor:
-        """The dense weight, in memory of its own."""
-        tensors = dict(checkpoint.read(self.parts.values()))
-        parts = {role: tensors[name] for role, name in self.parts.items()}
-        dense = torch.empty(self.shape, dtype=dtype, pin_memory=pinned)
+    def read(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool, first: bool = False
+    ) -> Tensor:
+        """The dense weight, or the first matrix of one with three axes, in memory of its own."""
+        read = checkpoint.first if first else checkpoint.whole
+        parts = {role: read(name) for role, name in self.parts.items()}
+        dense = torch.empty(self.shape[first:], dtype=dtype, pin_memory=pinned)
         if dense.dim() == 2:
-            self.coded(parts).write(dense)
+            self.coded(parts).write(dense.T if self.transposed else dense)
         for index, matrix in enumerate(dense if dense.dim() == 3 else ()):
-            coded = self.coded({role: tensor[index] for role, tensor in parts.items()})
-            coded.write(matrix.T if self.transposed else matrix)
+            self.coded({role: tensor[index] for role, tensor in parts.items()}).write(
+                matrix.T if self.transposed else matrix
+            )
         return dense
 
 
@@ -280,7 +285,7 @@ def _gptq(stored: Stored) -> Weight:
     if form not in ("gptq", "gptq_v2"):
         stored.refuse("qweight", f"is stored in the format {form!r}, and prunus reads gptq")
     words, outputs = stored.part("qweight", axes=2).shape
-    groups, bits = _bits(stored, outputs, (2, 4, 8))
+    groups, bits = _bits(stored, outputs, _BITS["gptq"])
     inputs = 32 * words // bits
     stored.scale("scales", (groups, outputs))
     block = stored.group("g_idx", inputs, groups)
@@ -302,7 +307,7 @@ def _awq(stored: Stored) -> Weight:
         stored.refuse("qweight", f"is stored in the version {version!r}, and prunus reads gemm")
     inputs, words = stored.part("qweight", axes=2).shape
     outputs = stored.part("scales", axes=2, dtypes=_SCALES).shape[1]
-    groups, bits = _bits(stored, outputs, (4, 8))
+    groups, bits = _bits(stored, outputs, _BITS["awq"])
     stored.part("qzeros", (groups, words))
     stored.scale("scales", (groups, outputs))
     block, order = stored.group("", inputs, groups), _AWQ_ORDER if bits == 4 else [0]
@@ -451,12 +456,14 @@ def _check_described(folder: Path, described: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the method and the program that unpacks it.
     """
-    method = method_of(described)
-    if method not in METHODS:
-        tool = _TOOLS.get(method, "the program that made it")
+    method, bits = method_of(described), described.get("bits")
+    if method not in METHODS or bits not in _BITS.get(method, (bits,)):
+        known = (f"{x} in {_BITS[x]} bits" if x in _BITS else x for x in METHODS)
         raise ValueError(
-            f"{folder} is quantised, and its quant_method {method} is none that prunus reads "
-            f"({', '.join(METHODS)}): unpack it to bfloat16 with {tool}, and give the result"
+            f"{folder} is quantised, and its quant_method {method}"
+            + (f" in {bits} bits" if method in _BITS else "")
+            + f" is none that prunus reads ({', '.join(known)}): unpack it to bfloat16 with "
+            f"{_TOOLS.get(method, 'the program that made it')}, and give the result"
         )
     sparse = described.get("sparsity_config")
     is_sparse = isinstance(sparse, dict) and sparse.get("format", "dense") != "dense"
@@ -516,6 +523,13 @@ class DenseCheckpoint(Checkpoint):
             return self._stored.pieces(name, most, begin)
         size = self._dtype.itemsize
         return iter(self.whole(name).flatten()[begin // size :].split(most // size))
+
+    def first(self, name: str) -> Tensor:
+        """The first part of a dense tensor; see `Checkpoint.first`."""
+        weight = self._weights.get(name)
+        return (
+            weight.read(self._stored, self._dtype, False, True) if weight else super().first(name)
+        )
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of all parts of a tensor."""

@@ -243,6 +243,11 @@ class Checkpoint:
         """One tensor, as `read` yields it."""
         return next(tensor for _, tensor in self.read([name]))
 
+    def first(self, name: str) -> torch.Tensor:
+        """The first part of a tensor along its first axis, such as one of many experts."""
+        info = self.tensors[name]
+        return next(self.pieces(name, info.nbytes // info.shape[0])).view(info.shape[1:])
+
     def stored(self, names: Iterable[str]) -> dict[str, FileTensor]:
         """Stored name -> a tensor that is read piece by piece only when it is written to a result.
 

@@ -4,22 +4,19 @@ Formats of few bits keep a scale, and perhaps a smallest value, for each block o
 more. Unpacked into bfloat16 such weights look like all others, but in every block the same few
 values return. A quantiser with a similar grid finds these values again, and then seems to lose
 nothing.
+
+The count needs no types, so it also finds grids that `lattice.py` cannot name: those of types with
+groups in groups (K types), whose scales are products, and those of formats that no result has.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable
 
 import torch
 
-from prunus.model.checkpoint.tensor_files import Checkpoint
-
 #: Consecutive weights of a row that have one scale in nearly all formats.
 _BLOCK = 32
-#: Weights of a matrix that are looked at: a thousand blocks.
-_SAMPLE = 2**15
 #: Fewer pairs of weights that are not zero say nothing.
 _LEAST_PAIRS = 1000
 # Two weights of a block are equal with a chance of 1 in L. Random weights of several shapes, 128
@@ -37,21 +34,11 @@ _LEAST_PAIRS = 1000
 _MOST_LEVELS = 40
 
 
-def grid_bits(checkpoint: Checkpoint, names: Iterable[str]) -> int | None:
-    """The bits of the grid that most of the named matrices lie on; None if most lie on none.
-
-    Only the beginning of each is read. Grids of 6 bits and more count as none.
-    """
-    infos = checkpoint.tensors
-    samples = (next(checkpoint.pieces(x, _SAMPLE * infos[x].dtype.itemsize)) for x in names)
-    return statistics.mode([value_bits(values) for values in samples] or [None])
-
-
 def value_bits(values: torch.Tensor) -> int | None:
-    """The bits of the grid that values lie on, or None.
+    """The bits of the grid that values lie on, or None. Grids of 6 bits and more count as none.
 
     Args:
-        values: Some rows of a matrix, flat, in any float dtype; 2**15 values are enough.
+        values: Some rows of a matrix, flat, in any float dtype; a thousand blocks are enough.
     """
     blocks_BK = values[: len(values) // _BLOCK * _BLOCK].float().reshape(-1, _BLOCK)
     used_BK = blocks_BK != 0  # zeros of pruned weights are equal without any grid
