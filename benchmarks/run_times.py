@@ -1,7 +1,7 @@
 """Processor seconds of whole runs, for docs/results/times.json; with --limit also of their parts.
 
     python benchmarks/run_times.py MODEL SCRATCH --data DIR [--only NAME,NAME] [--patterns 0.5,0.6]
-    python benchmarks/run_times.py MODEL SCRATCH --data DIR --limit NAME [--only NAME,NAME]
+    python benchmarks/run_times.py MODEL SCRATCH --data DIR --limit NAME [--only …] [--windows 4]
 
 Each run is a process of its own on one thread. Its user and system seconds are counted, imports
 included, so that other work on the machine changes them little. Figures of other runs in the file
@@ -68,7 +68,7 @@ PARTS = {
     "method": ["methods.table:Method.apply"],
     "output error": ["engine.block.linear:_output_error"],
     "training": ["engine.reconstruction.reconstruct_block:train_block"],
-    "embedding, head": ["compression.rounding:_rounded"],
+    "embedding, head": ["compression.rounding:rounded_outside"],
 }
 aten = torch.ops.aten
 #: Operations of torch beside those that torch counts -> from their result or first argument.
@@ -92,36 +92,37 @@ def main() -> None:
     parser.add_argument("--only", help="names of runs")
     parser.add_argument("--patterns", default="0.5,0.6", help="sparsities")
     parser.add_argument("--limit", metavar="NAME", help="time the parts; the model as a table")
+    parser.add_argument("--windows", default="16", help="windows of 512 tokens with --limit")
     options = parser.parse_args()
 
     path = RESULTS / ("parts.json" if options.limit else "times.json")
     times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
     times |= {"hardware": describe_hardware(torch.device("cpu")), "versions": versions()}
     model, scratch = options.model, options.scratch
+    few = "" if options.windows == "16" else f", {options.windows} windows"
     for name in (options.only or ",".join(LIMITS if options.limit else RUNS)).split(","):
         for sparsity in ("",) if options.limit else options.patterns.split(","):
-            python, pattern = [sys.executable], f"{round(100 * float(sparsity or 0))} %"
+            python, cell = [sys.executable], f"{round(100 * float(sparsity or 0))} %"
             if options.limit:
                 python += [__file__, "--parts", str(scratch / "parts.json")]
-                command, windows = LIMITS[name], ["--samples", "16", "--seqlen", "512"]
+                command, windows = LIMITS[name], ["--samples", options.windows, "--seqlen", "512"]
+                cell = name + few
             else:
                 python += ["-m", "prunus"]
                 command = ["prune", *RUNS[name], "--sparsity", sparsity]
                 windows = ["--samples", "32", "--seqlen", "1024"]
             output = scratch / ("run.gguf" if command[0] == "compress" else "run")
             given = [model, str(output), *command[1:], *windows, "--data", str(options.data)]
-            taken = processor_seconds([*python, command[0], *given])
+            figures = taken = processor_seconds([*python, command[0], *given])
             shutil.rmtree(output, ignore_errors=True)
             if options.limit:
                 timed = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
                 python[2] = "--operations"
                 processor_seconds([*python, command[0], *given])
                 counted = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
-                timed |= {"all": taken, "operations": counted["operations"]}
-                times["seconds"].setdefault(options.limit, {})[name] = timed
-            else:
-                times["seconds"].setdefault(name, {})[pattern] = taken
-            print(f"{name}, {pattern}: {taken:.1f} s", flush=True)
+                figures = timed | {"all": taken, "operations": counted["operations"]}
+            times["seconds"].setdefault(options.limit or name, {})[cell] = figures
+            print(f"{name}, {cell}: {taken:.1f} s", flush=True)
             path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
 
 

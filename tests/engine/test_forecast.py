@@ -1,12 +1,14 @@
-"""The forecast of a run's time changes no byte, ends no run, and says nothing if it knows nothing.
+"""The forecast of a run's time changes no byte, and says nothing if it knows nothing.
 
 No test depends on the clock: times that are compared are given.
 """
 
+from unittest.mock import Mock
+
 import pytest
 
 import prunus
-from prunus.engine import forecast
+from prunus.engine import forecast, linear_run
 from prunus.engine.forecast import Steps
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import RunOptions
@@ -23,21 +25,21 @@ OPTIONS = {
 
 
 def planned(dense, **recipe):
-    chosen = Recipe(**{"samples": 6, "seqlen": 16} | recipe)
-    given = {} if "calibration" in recipe else {"calibration_data": token_ids()}
-    command = Pruning(dense, None, chosen, RunOptions(**given))
+    given = RunOptions(calibration_data=None if "calibration" in recipe else token_ids())
+    command = Pruning(dense, None, Recipe(**{"samples": 6, "seqlen": 16} | recipe), given)
     return command, command.plan()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_forecast_changes_no_byte_of_a_run_that_follows(dense, tmp_path, options):
+def test_a_long_run_says_its_time_and_writes_the_same_bytes(dense, tmp_path, monkeypatch, options):
     given = {"calibration": token_ids(), "sparsity": 0.5, **options}
-    prunus.prune(dense, tmp_path / "before", progress=False, **given)
-    text = str(ids_file(tmp_path / "ids.safetensors"))
-    command, plan = planned(dense, calibration=text, **options)
-    assert command.forecast(plan) > 0
-    prunus.prune(dense, tmp_path / "after", progress=False, **given)
-    assert shards(tmp_path / "before") == shards(tmp_path / "after")
+    said = {"short": [], "long": []}
+    for name, many in (("short", linear_run._MANY_BATCHES), ("long", 0)):
+        monkeypatch.setattr(linear_run, "_MANY_BATCHES", many)
+        prunus.prune(dense, tmp_path / name, announce=said[name].append, progress=False, **given)
+    # Once before anything is measured, and once with the first block, where it stays to be read.
+    assert [str(x).count("; the run takes about") for x in said.values()] == [0, 2]
+    assert shards(tmp_path / "short") == shards(tmp_path / "long")
 
 
 def test_a_plan_of_prune_and_of_compress_has_seconds(tmp_path):
@@ -57,14 +59,13 @@ def test_nothing_is_said_of_a_run_that_no_trial_knows(dense, recipe):
     assert command.forecast(plan) is None
 
 
-def test_a_trial_that_fails_says_nothing_and_the_plan_goes_on(dense, tmp_path, monkeypatch):
-    def fail(*_):
-        raise ValueError("weights are not finite")
-
-    monkeypatch.setattr(forecast, "read_block", fail)
-    text = str(ids_file(tmp_path / "ids.safetensors"))
-    command, plan = planned(dense, calibration=text)
+def test_a_trial_that_fails_says_nothing_but_a_fault_of_prunus_shows(dense, tmp_path, monkeypatch):
+    errors = [ValueError("weights are not finite"), KeyError("blocks")]
+    monkeypatch.setattr(forecast, "read_block", Mock(side_effect=errors))
+    command, plan = planned(dense, calibration=str(ids_file(tmp_path / "ids.safetensors")))
     assert command.forecast(plan) is None
+    with pytest.raises(KeyError, match="blocks"):
+        command.forecast(plan)
 
 
 def test_a_measurement_grows_with_windows_and_blocks(dense):

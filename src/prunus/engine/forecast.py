@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.calibration.sources import TextSource, find_source
+from prunus.calibration.sources import TextSource
 from prunus.distributed import ranks
 from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.block.linear import LinearRounding
@@ -33,7 +33,7 @@ from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import read_block
 from prunus.engine.loss_sensitivity import PROBE_WINDOWS, LossMeasurement, measure_loss
-from prunus.engine.run_windows import run_tokenizer
+from prunus.engine.run_windows import run_tokenizer, windows_source
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.kinds import IMAGES
@@ -108,22 +108,22 @@ def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> 
     """
     recipe, training = plan.recipe, plan.recipe.training
     unknown = plan.device.type != "cpu" or ranks().size > 1 or isinstance(plan.source, ModuleSource)
-    special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs"
-    if unknown or special or training.two_passes or training.head:
-        return None
-    if max(plan.memory.stored) > _MOST_BYTES:
+    special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs" or training.head
+    if unknown or special or training.two_passes or max(plan.memory.stored) > _MOST_BYTES:
         return None
     started = time.perf_counter()
-    # What is wrong with weights or memory is found and said by the run itself.
-    with contextlib.suppress(Exception):
+    # What is wrong with weights, files or memory is found and said by the run itself.
+    with contextlib.suppress(ValueError, OSError, MemoryError):
         if plan.keeps_freed_memory:
             keep_freed_memory()
-        if plan.needs_inputs and isinstance(find_source(recipe.calibration), TextSource):
+        if plan.needs_inputs and isinstance(windows_source(recipe, plan.options), TextSource):
             run_tokenizer(plan)
         reading = time.perf_counter() - started
-        shape = (3 * plan.batch + PROBE_WINDOWS, recipe.seqlen)
-        generator = torch.Generator().manual_seed(0)
-        windows = torch.randint(plan.skeleton.vocabulary, shape, generator=generator)
+        windows = torch.randint(
+            plan.skeleton.vocabulary,
+            (3 * plan.batch + PROBE_WINDOWS, recipe.seqlen),
+            generator=torch.Generator().manual_seed(0),
+        )
         before = trial(plan, windows)
         return reading + before.seconds + _blocks(plan, windows, before)
     return None

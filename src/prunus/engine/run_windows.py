@@ -74,9 +74,9 @@ def check_inputs(
         ValueError, FileNotFoundError: They do not suit, or the checkpoint has no tokenizer and the
             caller gives none.
     """
-    windows_source = _source(recipe, options)
-    windows_source.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
-    needs_tokenizer = isinstance(windows_source, TextSource) and options.tokenizer is None
+    source_of_windows = windows_source(recipe, options)
+    source_of_windows.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
+    needs_tokenizer = isinstance(source_of_windows, TextSource) and options.tokenizer is None
     if isinstance(source, CheckpointSource) and needs_tokenizer:
         check_tokenizer(source.checkpoint.folder)
 
@@ -95,7 +95,7 @@ def calibration_windows(plan: RunPlan) -> Windows:
     wanted = dataclasses.replace(
         _wanted(recipe, plan.options), tokenizer=lambda: run_tokenizer(plan)
     )
-    windows = _source(recipe, plan.options).draw(wanted)
+    windows = windows_source(recipe, plan.options).draw(wanted)
     if plan.skeleton.kind is IMAGES:
         channels = plan.skeleton.model.config.num_channels
         if windows.ids.dim() != 4 or windows.ids.shape[1] != channels:
@@ -109,7 +109,7 @@ def calibration_windows(plan: RunPlan) -> Windows:
     return windows
 
 
-def _source(recipe: WindowOptions, options: RunOptions) -> WindowSource:
+def windows_source(recipe: WindowOptions, options: RunOptions) -> WindowSource:
     """Where the windows come from: what the caller gives, or what the recipe names."""
     data = options.calibration_data
     return find_source(recipe.calibration if data is None else data)
