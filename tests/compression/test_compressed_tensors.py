@@ -38,6 +38,13 @@ def compress(dense: Path, out: Path, bits: float | None = 4, **options) -> Compr
     return prunus.compress(dense, out, bits, calibration=token_ids(), batch=2, **options)
 
 
+def planned(dense: Path, bits: float):
+    """The plan of a run of `compress`."""
+    data, calibration = given_windows(token_ids())
+    recipe = CompressionRecipe(bits=bits, **calibration)
+    return Compression(dense, None, recipe, RunOptions(**data)).plan()
+
+
 def described(folder: Path) -> dict:
     """What the configuration of a result says of its linears."""
     return json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -82,11 +89,9 @@ def dense(tmp_path_factory) -> Path:
 
 @every_size
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
-    data, calibration = given_windows(token_ids())
-    recipe = CompressionRecipe(bits=bits, **calibration)
-    planned = Compression(dense, None, recipe, RunOptions(**data)).plan().storage.file_bytes()
-    record = compress(dense, tmp_path / "out", bits)
-    assert planned == sum(map(len, shards(tmp_path / "out").values())) == record.size.after
+    expected, record = planned(dense, bits), compress(dense, tmp_path / "out", bits)
+    assert expected.storage.file_bytes() == sum(map(len, shards(tmp_path / "out").values()))
+    assert expected.storage.file_bytes() == record.size.after
     before, after = stored(dense), unpacked(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -197,11 +202,10 @@ def test_a_size_gets_the_types_of_least_loss_and_joined_linears_share_theirs(dty
     record = compress(dense, out, None, size=uniform.size.after)
     assert 0.99 * uniform.size.after < record.size.after <= uniform.size.after
     assert record.size.after == sum(map(len, shards(out).values()))
-    types = record.types
-    for joined in (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+    for one, other in (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         for block in ("model.layers.0", "model.layers.1"):
-            assert len({types[f"{block}.{name}"] for name in joined}) == 1
-    assert len(described(out)["config_groups"]) == len(set(types.values())) > 1
+            assert record.types[f"{block}.{one}"] == record.types[f"{block}.{other}"]
+    assert len(described(out)["config_groups"]) == len(set(record.types.values())) > 1
     loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())
     assert "2 to 8" in (out / "README.md").read_text()
@@ -209,9 +213,7 @@ def test_a_size_gets_the_types_of_least_loss_and_joined_linears_share_theirs(dty
 
 def test_all_experts_of_a_block_share_a_type(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral", torch.bfloat16)
-    data, calibration = given_windows(token_ids())
-    recipe = CompressionRecipe(bits=3, **calibration)
-    plan = Compression(dense, None, recipe, RunOptions(**data)).plan()
+    plan = planned(dense, 3)
     sets = [weight.modules for weight in plan.storage.weights.values()]
     assert sorted(name for x in sets for name in x) == sorted(plan.selected_linears())
     for index in (0, 1):
@@ -224,8 +226,6 @@ def test_fp4_is_stored_and_described_as_the_package_does(options, dense, tmp_pat
     out, kind = tmp_path / "out", options["type"]
     record = compress(dense, out, None, **options)
     assert record.totals["bits"] == {"NVFP4": 4.5, "MXFP4": 4.25}[kind]
-    config = described(out)
-    assert config["format"] == f"{kind.lower()}-pack-quantized"
     about = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
     about |= {
         "NVFP4": {
@@ -233,6 +233,8 @@ def test_fp4_is_stored_and_described_as_the_package_does(options, dense, tmp_pat
         },
         "MXFP4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
     }[kind]  # fmt: skip
+    config = described(out)
+    assert config["format"] == f"{kind.lower()}-pack-quantized"
     assert config["config_groups"] == {"group_0": {"targets": ["Linear"], "weights": about}}
     tensors, before = stored(out), stored(dense)
     loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
@@ -255,11 +257,9 @@ def test_a_global_scale_suits_weights_of_any_magnitude(magnitude):
 
 @every_size
 def test_the_result_is_read_without_the_package(bits, dense, tmp_path):
-    out, expected = tmp_path / "out", None
-    compress(dense, out, bits)
-    expected = unpacked(out)
-    loaded = load_model(resolve_folder(out))
-    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    compress(dense, out := tmp_path / "out", bits)
+    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())
     record = CompressionRecord.load(out)
     for linear in prunus.inspect(out, verify=True).linears:
         assert (linear.dtype, linear.bits) == (f"W{bits}A16", bits + 16 / 128)
@@ -281,9 +281,7 @@ def test_weights_that_are_not_whole_are_named(dense, tmp_path):
         ("shape", lambda x: x * 0),
         ("shape", lambda x: x[:1]),
     ):
-        tensors = load_file(shard)
-        name = f"{key}_{part}"
-        save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "x.safetensors")
+        tensors, name = load_file(shard), f"{key}_{part}"
         folder = shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
-        shutil.copy(tmp_path / "x.safetensors", folder / shard.name)
+        save_file(tensors | {name: change(tensors[name]).contiguous()}, folder / shard.name)
         assert_refused(ValueError, rf"{key}_\w+ .* do not belong together", prunus.inspect, folder)

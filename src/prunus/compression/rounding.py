@@ -243,6 +243,7 @@ def measured(
             plan.recipe.seed,
             quantizes=corrects,
             outside=True,
+            by_inputs=size_plan.by_inputs,
         ),
     )
     model, linears = plan.skeleton.model, plan.selected_linears()
@@ -252,8 +253,9 @@ def measured(
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
-    what = "rounding some rows of each weight to every type"
-    count = session.preparing(what, len(size_plan.weights), plan.device)
+    count = session.preparing(
+        "rounding some rows of each weight to every type", len(size_plan.weights), plan.device
+    )
     for first, weight in size_plan.weights.items():
         names, quantizers, parts = weight.modules, weight.quantizers, []
         for name in names:

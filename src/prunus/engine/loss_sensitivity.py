@@ -8,6 +8,16 @@ loss grows by half of
 This is the diagonal of the Fisher information (Amari 1998), measured at the outputs. So s says what
 errors in a linear, and in each of its rows, cost: which linears should keep more weights or bits.
 
+Errors of weights make larger errors in the outputs of tokens with larger inputs x. Independent
+errors of equal size in all weights cost what the sum says if the gradients of each token count by
+its inputs (`LossMeasurement.by_inputs`):
+
+    s_i = E[‖x‖² (∂ log p(y) / ∂z_i)²] / E[‖x‖²].
+
+Gemma 3 needs this. A norm follows its `down_proj`, so that a token whose outputs are small has
+large gradients. If all tokens count alike, rounding `down_proj` to 4 bits seems to cost fifty times
+what it does; see docs/notes/type-choice.md.
+
 Models without logits per token have no p. There s is the mean squared gradient of z·h / ‖h‖, with z
 drawn from a normal distribution and h the outputs of the last block: their relative change.
 
@@ -91,6 +101,8 @@ class LossMeasurement:
             their inputs. Else they are pruned, or each weight is rounded by itself.
         outside: Whether to measure the embedding and the head of a causal model too, each for its
             own part if they are tied.
+        by_inputs: Whether the squared gradients of a token count by the squared length of its
+            input; see above.
     """
 
     selected: Sequence[Sequence[str]]
@@ -98,13 +110,16 @@ class LossMeasurement:
     seed: int
     quantizes: bool
     outside: bool = False
+    by_inputs: bool = False
 
     def sums(
         self, linears: Sequence[Linear], device: torch.device, factor: float
     ) -> dict[str, _Sums]:
         """Name -> empty sums of linears whose Gram matrices are in memory at the same time."""
         width = part_width(linears) if self.quantizes else 0
-        return {linear.name: _Sums(linear, width, device, factor) for linear in linears}
+        return {
+            linear.name: _Sums(linear, width, device, factor, self.by_inputs) for linear in linears
+        }
 
 
 def measure_loss(
@@ -353,12 +368,15 @@ class _Sums:
     """Sums over all tokens of one linear: of inputs, and of squared gradients of outputs.
 
     The Gram matrices of parts of `width` inputs are summed; 0 sums none. The gradients come
-    multiplied by `factor`, and are summed without it.
+    multiplied by `factor`, and are summed without it. With `by_inputs` those of a token are summed
+    times its squared input.
     """
 
-    def __init__(self, linear: Linear, width: int, device: torch.device, factor: float) -> None:
+    def __init__(
+        self, linear: Linear, width: int, device: torch.device, factor: float, by_inputs: bool
+    ) -> None:
         inputs = linear.shape[1]
-        self.linear, self._factor = linear, factor
+        self.linear, self._factor, self._by_inputs = linear, factor, by_inputs
         self._statistics = InputStatistics(inputs, "norms", device)
         self._parts = [
             InputStatistics(min(width, inputs - start), "gram", device)
@@ -376,10 +394,12 @@ class _Sums:
             for part, x_TP in zip(self._parts, columns, strict=True):
                 part.add(x_TP)
         if output_TO.requires_grad:
-            output_TO.register_hook(self._add_gradient)
+            power_T1 = x_TI.float().square().sum(dim=1, keepdim=True) if self._by_inputs else 1.0
+            output_TO.register_hook(lambda gradient_TO: self._add_gradient(gradient_TO, power_T1))
 
-    def _add_gradient(self, gradient: Tensor) -> None:
-        squares_O = (tokens_of(gradient.detach()).float() / self._factor).square().sum(dim=0)
+    def _add_gradient(self, gradient: Tensor, power_T1: Tensor | float) -> None:
+        gradient_TO = tokens_of(gradient.detach()).float() / self._factor
+        squares_O = (gradient_TO.square() * power_T1).sum(dim=0)
         self._squares_O = squares_O if self._squares_O is None else self._squares_O + squares_O
 
     @property
@@ -394,6 +414,7 @@ class _Sums:
             rows, columns = self.linear.shape
             return LinearSensitivity(torch.full((rows,), 1e-12), importance_I=torch.ones(columns))
         importance_I = (self._statistics.sum_squares_I.float() / self._statistics.tokens).cpu()
+        unit *= max(float(importance_I.sum()), 1e-12) if self._by_inputs else 1
         return LinearSensitivity(_shared(self._squares_O / unit).cpu(), importance_I=importance_I)
 
     def with_feedback(self, damping: float | None, unit: float) -> LinearSensitivity:

@@ -179,7 +179,9 @@ class TensorsCodec(Codec):
             ["compressed-tensors", *tags],
         )
         result = None if len(weights[0].quantizers) == 1 else "a compressed-tensors folder"
-        return folder_plan(given, weights, cls.encode, result, words=words, configure=_config)
+        return folder_plan(
+            given, weights, cls.encode, result, words=words, configure=_config, by_inputs=True
+        )
 
     @staticmethod
     def encode(key: str, weight: GroupedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -197,8 +199,10 @@ class TensorsCodec(Codec):
         packed = {f"{key}_packed": values_OB}
         if quantizer.dtype == torch.float8_e8m0fnu:
             return packed | {f"{key}_scale": scale_OS.view(torch.uint8)}
-        factor = torch.tensor([1 / quantizer.codes[0]])
-        return packed | {f"{key}_scale": scale_OS, f"{key}_global_scale": factor}
+        return packed | {
+            f"{key}_scale": scale_OS,
+            f"{key}_global_scale": torch.tensor([1 / quantizer.codes[0]]),
+        }
 
     @staticmethod
     def decode(
@@ -283,10 +287,12 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         "config_groups": groups,
         "ignore": sorted(set(dense)),
     }
-    config = dense_config(source.checkpoint.folder)
-    # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
-    tied = {"tie_word_embeddings": False} if not is_tied(model) else {}
-    return {**config, **tied, "quantization_config": described}
+    return {
+        **dense_config(source.checkpoint.folder),
+        # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
+        **({} if is_tied(model) else {"tie_word_embeddings": False}),
+        "quantization_config": described,
+    }
 
 
 def _arguments(kind: GroupQuantizer) -> dict[str, object]:
@@ -295,10 +301,9 @@ def _arguments(kind: GroupQuantizer) -> dict[str, object]:
     of_all = {"symmetric": True, "strategy": "group", "group_size": kind.group, "dynamic": False}
     if kind.name not in _FP4_GROUPS:
         return {"num_bits": bits, "type": "int", **of_all}
-    in_fp8 = kind.dtype == torch.float8_e4m3fn
     of_scales = (
         {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
-        if in_fp8
+        if kind.dtype == torch.float8_e4m3fn
         else {"scale_dtype": "torch.uint8"}
     )
     return {"num_bits": bits, "type": "float", **of_all, **of_scales}

@@ -263,6 +263,7 @@ class SizePlan(Storage):
         lasting: What is known of the measurement before the run, which lasts with it.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the result;
             None if the choice of types decides it.
+        by_inputs: See `LossMeasurement`.
     """
 
     given: Given
@@ -276,6 +277,7 @@ class SizePlan(Storage):
     left_out: Collection[str] = ()
     lasting: Measurement = field(default_factory=Measurement)
     tensors: Mapping[str, Any] | None = None
+    by_inputs: bool = False
 
     def check_reach(self, result: str) -> None:
         """Check that the types reach the bits or the size that the recipe asks for.
