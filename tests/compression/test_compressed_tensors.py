@@ -89,9 +89,9 @@ def dense(tmp_path_factory) -> Path:
 
 @every_size
 def test_the_folder_holds_weights_close_to_those_of_the_source(bits, dense, tmp_path):
-    expected, record = planned(dense, bits), compress(dense, tmp_path / "out", bits)
-    assert expected.storage.file_bytes() == sum(map(len, shards(tmp_path / "out").values()))
-    assert expected.storage.file_bytes() == record.size.after
+    expected, record = planned(dense, bits).storage, compress(dense, tmp_path / "out", bits)
+    written = sum(map(len, shards(tmp_path / "out").values()))
+    assert expected.file_bytes() == written == record.size.after
     before, after = stored(dense), unpacked(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -271,8 +271,7 @@ def test_the_result_is_read_without_the_package(bits, dense, tmp_path):
 
 def test_weights_that_are_not_whole_are_named(dense, tmp_path):
     compress(dense, tmp_path / "out")
-    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
-    key = "model.layers.1.mlp.up_proj.weight"
+    shard, key = tmp_path / "out" / "model-00002-of-00003.safetensors", "model.layers.1.mlp.up_proj"
     for part, change in (
         ("packed", lambda x: x[:, 1:]),
         ("packed", lambda x: x.float()),
@@ -281,7 +280,9 @@ def test_weights_that_are_not_whole_are_named(dense, tmp_path):
         ("shape", lambda x: x * 0),
         ("shape", lambda x: x[:1]),
     ):
-        tensors, name = load_file(shard), f"{key}_{part}"
+        tensors, name = load_file(shard), f"{key}.weight_{part}"
         folder = shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
         save_file(tensors | {name: change(tensors[name]).contiguous()}, folder / shard.name)
-        assert_refused(ValueError, rf"{key}_\w+ .* do not belong together", prunus.inspect, folder)
+        assert_refused(
+            ValueError, rf"{key}.weight_\w+ .* do not belong together", prunus.inspect, folder
+        )

@@ -75,8 +75,7 @@ def test_by_inputs_it_says_what_independent_errors_of_all_weights_cost():
     # One token has large gradients and small inputs, as the first one of a window in Gemma.
     sizes_T1 = torch.ones(12, 1).index_fill_(0, torch.tensor(3), 100)
     X_TI, gradient_TO = torch.randn(12, 8) / sizes_T1, torch.randn(12, 4) * sizes_T1
-    errors_NOI = torch.randn(4000, 4, 8)
-    cost_NT = (errors_NOI @ X_TI.T * gradient_TO.T).square().sum(dim=1)
+    cost_NT = (torch.randn(4000, 4, 8) @ X_TI.T * gradient_TO.T).square().sum(dim=1)
     linear = Linear("q_proj", torch.nn.Linear(8, 4, bias=False))
     for by_inputs in (True, False):
         sums = _Sums(linear, 0, X_TI.device, 1.0, by_inputs)
