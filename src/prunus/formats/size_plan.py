@@ -108,8 +108,8 @@ class Given:
         """
         checkpoint, key = self.source.checkpoint, self.source.weight_key(name)
         if (piece := self.source.pieces.get(key)) is not None:
-            leaf = piece.fused.members.index(piece.name) % len(piece.fused.leaves)
-            rows_OI = [*piece.fused.cut(checkpoint.first(piece.key)[None]).values()][leaf]
+            first = checkpoint.first(piece.key)
+            rows_OI = piece.fused.cut(first.expand(piece.fused.shape[0], *first.shape))[piece.name]
             return torch.cat([rows_OI[:_SAMPLED], rows_OI[-_SAMPLED:]])
         info = checkpoint.tensors[key]
         most = _SAMPLED * info.shape[-1] * info.dtype.itemsize

@@ -66,10 +66,7 @@ class Fused:
         return [f"{path}.{leaf.format(e)}" for e in range(self.shape[0]) for leaf in self.leaves]
 
     def cut(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Views of the fused `tensor` (E, …) by relative name: weights (out, in), biases (out,).
-
-        It may also hold the first experts alone.
-        """
+        """Views of the fused `tensor` (E, …) by relative name: weights (out, in), biases (out,)."""
         pieces = []
         for slice_ in tensor:
             rows = slice_.T if self.transposed and slice_.dim() == 2 else slice_
@@ -77,7 +74,7 @@ class Fused:
             for leaf in range(len(self.leaves)):
                 in_one_run = rows[leaf * step : (leaf + 1) * step]
                 pieces.append(in_one_run if self.concatenated else rows[leaf :: len(self.leaves)])
-        return dict(zip(self.members, pieces, strict=False))
+        return dict(zip(self.members, pieces, strict=True))
 
     def join(self, pieces: Mapping[str, Tensor]) -> Tensor:
         """The fused tensor of its pieces (all `members`), in their dtype and on their device."""
