@@ -52,9 +52,7 @@ def test_half_precision_does_not_overflow(dtype):
 def test_inputs_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"expected inputs \(tokens, 5\), got \(3, 4\)"):
         InputStatistics(5, "norms").add(torch.ones(3, 4))
-    assert_refused(
-        ValueError, "expected inputs", InputStatistics(5, "norms").add, torch.ones(2, 3, 5)
-    )
+    assert_refused(ValueError, "expected inputs", InputStatistics(5, "norms").add, torch.ones(5))
     with pytest.raises(ValueError, match="not 'hessian'"):
         InputStatistics(5, "hessian")  # type: ignore[arg-type]
 
@@ -94,3 +92,19 @@ def test_a_gram_of_bfloat16_inputs_is_exact_and_of_others_close(
     statistics.add(X_TI)
     bad_II = statistics.gram_II.isnan()
     assert bool(bad_II[width // 2].all()) and int(bad_II.sum()) == 2 * width - 1
+
+
+def test_first_tokens_get_their_share_window_by_window():
+    generator = torch.Generator().manual_seed(0)
+    x, dense = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
+    x[0, 0] *= 0.01
+    x[1, 0] *= 9  # has more than its share
+    statistics = InputStatistics(4, StatisticsSpec(needs="gram", drift="all", first_share=0.1))
+    statistics.add(x, dense.reshape(-1, 4))
+    factor = (x[0, 1:].square().sum() / x[0, 0].square().sum() / 9).sqrt()
+    x[0, 0] *= factor
+    dense[0, 0] *= factor
+    assert torch.allclose(x[0, 0].square().sum() / x[0].square().sum(), torch.tensor(0.1))
+    X_TI, Y_TI = x.reshape(-1, 4), dense.reshape(-1, 4)
+    assert torch.allclose(statistics.gram_II, X_TI.T @ X_TI, rtol=1e-5)
+    assert torch.allclose(statistics.drift_II, (Y_TI - X_TI).T @ X_TI, rtol=1e-4, atol=1e-4)
