@@ -31,9 +31,10 @@ NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
 Drift = Literal["none", "some", "all"]
 _Value = TypeVar("_Value")
 #: The share of the first token of a window in the squared inputs of linears that feed attention,
-#: where weights are rounded. All queries look at that token, whose value is small, so errors in its
+#: where folders are rounded. All queries look at that token, whose value is small, so errors in its
 #: key and value reach all others; but its inputs are a thousandth of all. Shares of 0.1 and 0.5
-#: were compared on three models; see docs/notes/rounding.md.
+#: were compared on three models. In GGUF files, whose types give keys and values two bits more, it
+#: changed nothing; see docs/notes/rounding.md.
 FIRST_SHARE = 0.1
 # The least squared length of a first token.
 _LEAST = 1e-30

@@ -35,7 +35,7 @@ from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
 from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.statistics import FIRST_SHARE, Drift, InputStatistics, StatisticsSpec
+from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.methods.work import LinearPlace, Rounded
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
@@ -311,7 +311,7 @@ class BlockChanger:
             drift=drift if plan.uses_dense_target(in_features) else "none",
             reference_order=plan.work.reference_order,
             rounded=self.round_as is not None,  # masks would show it, and integers do not
-            first_share=FIRST_SHARE if self.round_as and linear.feeds_attention else 0.0,
+            first_share=plan.storage.first_share if linear.feeds_attention else 0.0,
             distributed=ranks().size > 1,
         )
         return InputStatistics(in_features, spec, plan.device)
