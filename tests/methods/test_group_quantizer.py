@@ -342,5 +342,4 @@ def test_processes_that_share_the_rows_get_the_same_weight():
         shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
         assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
         assert torch.equal(shared.weight_OI, shared.rounded.dense())
-    expected = round_in_groups(weight_OI, *nearest)
-    assert torch.equal(shared.weight_OI, expected.dense())
+    assert torch.equal(shared.weight_OI, round_in_groups(weight_OI, *nearest).dense())

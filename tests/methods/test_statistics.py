@@ -18,9 +18,9 @@ def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
     for X in X_TI.split(batches):
         statistics.add(X)
         norms.add(X)
-    assert torch.equal(norms.sum_squares_I, statistics.sum_squares_I) and norms.gram_II is None
+    assert statistics.tokens == len(X_TI) and norms.gram_II is None
+    assert torch.equal(norms.sum_squares_I, statistics.sum_squares_I)
     gram_II = X_TI.double().T @ X_TI.double()
-    assert statistics.tokens == len(X_TI)
     torch.testing.assert_close(statistics.sum_squares_I, gram_II.diagonal(), rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(
         statistics.norms_I, gram_II.diagonal().sqrt().float(), rtol=1e-6, atol=1e-6
@@ -50,22 +50,17 @@ def test_half_precision_does_not_overflow(dtype):
 
 
 def test_inputs_of_another_width_are_refused():
-    with pytest.raises(ValueError, match=r"expected inputs \(tokens, 5\), got \(3, 4\)"):
-        InputStatistics(5, "norms").add(torch.ones(3, 4))
-    assert_refused(
-        ValueError, "expected inputs", InputStatistics(5, "norms").add, torch.ones(2, 3, 5)
-    )
-    with pytest.raises(ValueError, match="not 'hessian'"):
-        InputStatistics(5, "hessian")  # type: ignore[arg-type]
+    add = InputStatistics(5, "norms").add
+    assert_refused(ValueError, r"\(tokens, 5\), got \(3, 4\)", add, torch.ones(3, 4))
+    assert_refused(ValueError, r"\(tokens, 5\), got \(5,\)", add, torch.ones(5))
+    assert_refused(ValueError, "not 'hessian'", InputStatistics, 5, "hessian")
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
 def test_the_stated_bytes_are_those_of_the_tensors(needs):
     statistics = InputStatistics(33, needs)
-    held = [statistics.sum_squares_I] + (
-        [statistics.gram_II] if statistics.gram_II is not None else []
-    )
-    assert statistics_bytes(33, needs) == sum(tensor.nbytes for tensor in held)
+    held = (statistics.sum_squares_I, statistics.gram_II)
+    assert statistics_bytes(33, needs) == sum(x.nbytes for x in held if x is not None)
 
 
 @pytest.mark.parametrize("isa", ["off", *kernels.ISAS])
@@ -81,8 +76,7 @@ def test_a_gram_of_bfloat16_inputs_is_exact_and_of_others_close(
         )
     monkeypatch.setenv("PRUNUS_ISA", isa)
     X_TI = torch.randn(1101, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    spec = StatisticsSpec(needs="gram", drift="some", rounded=True)
-    statistics = InputStatistics(width, spec)
+    statistics = InputStatistics(width, StatisticsSpec(needs="gram", drift="some", rounded=True))
     for part_TI in X_TI.split([1, 0, 31, 999, 70]):
         statistics.add(part_TI, part_TI if len(part_TI) == 70 else None)
     X_TI, paired_TI = X_TI.double(), X_TI[-70:].double()
@@ -94,3 +88,15 @@ def test_a_gram_of_bfloat16_inputs_is_exact_and_of_others_close(
     statistics.add(X_TI)
     bad_II = statistics.gram_II.isnan()
     assert bool(bad_II[width // 2].all()) and int(bad_II.sum()) == 2 * width - 1
+
+
+def test_first_tokens_get_their_share_window_by_window():
+    x, dense = torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= torch.tensor([[0.01], [9.0]])  # the second has more than its share
+    statistics = InputStatistics(4, StatisticsSpec(needs="gram", drift="all", first_share=0.1))
+    statistics.add(x, dense.reshape(-1, 4))
+    factor = (x[0, 1:].square().sum() / x[0, 0].square().sum() / 9).sqrt()
+    x[0, 0], dense[0, 0] = factor * x[0, 0], factor * dense[0, 0]
+    X_TI, Y_TI = x.reshape(-1, 4), dense.reshape(-1, 4)
+    assert torch.allclose(statistics.gram_II, X_TI.T @ X_TI, rtol=1e-5)
+    assert torch.allclose(statistics.drift_II, (Y_TI - X_TI).T @ X_TI, rtol=1e-4, atol=1e-4)

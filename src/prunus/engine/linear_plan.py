@@ -104,6 +104,8 @@ class Storage:
         unmatched: What a template and its checkpoint do not have in common, or what the result
             lacks of the checkpoint; see `CompressionRecord`.
         copies: How many files as large as the result a run needs on the disk at once.
+        first_share: The least share of first tokens in the inputs of linears that feed attention;
+            see `FIRST_SHARE`.
     """
 
     source: CheckpointSource | ModuleSource
@@ -111,6 +113,7 @@ class Storage:
     measures_loss: bool = False
     unmatched: Mapping[str, list[str]] = field(default_factory=dict)
     copies: int = 1
+    first_share: float = 0.0
 
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""

@@ -29,6 +29,7 @@ from prunus.formats.type_choice import Choice, Measurement, TypeChoice, choose_t
 from prunus.hardware.words import in_bytes
 from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.methods.lattice import lossless_type
+from prunus.methods.statistics import FIRST_SHARE
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -454,7 +455,7 @@ def folder_plan(
     shards = given.shards(by_name, encode, fields.get("left_out", ()))
     others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
     fields |= {"source": given.source, "selection": given.selection, "given": given}
-    fields |= {"weights": by_name, "others": others}
+    fields |= {"weights": by_name, "others": others, "first_share": FIRST_SHARE}
     if result is None:
         tensors = {key: info for shard in shards for key, info in shard.items()}
         budget = sum(weight.nbytes[0] for weight in weights)

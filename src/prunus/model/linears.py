@@ -81,6 +81,10 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(stacks.items()))
 
 
+#: Names under which some families store query, key and value in one matrix.
+JOINED_ATTENTION = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+#: Last parts of the names of linears that make queries, keys and values.
+_ATTENTION_INPUTS = {"q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
 #: The part of a block in which a linear is. "other" is for the head, and for blocks that mix tokens
 #: without attention.
 Kind = Literal["attention", "mlp", "expert", "other"]
@@ -106,6 +110,15 @@ class Linear:
     def transposed(self) -> bool:
         """Whether the module stores (in, out), as GPT-2's Conv1D does."""
         return isinstance(self.module, Conv1D)
+
+    @property
+    def feeds_attention(self) -> bool:
+        """Whether its outputs are queries, keys or values, by its name.
+
+        >>> Linear("self_attn.v_proj", nn.Linear(2, 2)).feeds_attention
+        True
+        """
+        return self.name.rpartition(".")[2] in _ATTENTION_INPUTS.union(JOINED_ATTENTION)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from prunus.hardware.machine import keep_freed_memory
 from prunus.model.adapter import add_lora
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.experts import split_loaded_experts
-from prunus.model.linears import Linear
+from prunus.model.linears import JOINED_ATTENTION, Linear
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.recovery_options import RecoveryOptions
@@ -95,8 +95,6 @@ def _load(plan: RecoveryPlan, folder: Path, dtype: torch.dtype) -> Any:
 
 # The targets of the LoRA paper, which the Wanda paper also uses.
 _QUERY_AND_VALUE = ("q_proj", "v_proj")
-#: Names under which some families store query, key and value in one matrix.
-_FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 
 
 def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
@@ -114,7 +112,7 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     last_parts = {name.rpartition(".")[2] for name in names}
     if last_parts.issuperset(_QUERY_AND_VALUE):
         return _QUERY_AND_VALUE
-    fused = tuple(name for name in _FUSED if name in last_parts)
+    fused = tuple(name for name in JOINED_ATTENTION if name in last_parts)
     if not fused:
         raise ValueError(
             "the query and value projections of this model have unknown names; choose "

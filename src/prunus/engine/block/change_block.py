@@ -311,6 +311,7 @@ class BlockChanger:
             drift=drift if plan.uses_dense_target(in_features) else "none",
             reference_order=plan.work.reference_order,
             rounded=self.round_as is not None,  # masks would show it, and integers do not
+            first_share=plan.storage.first_share if linear.feeds_attention else 0.0,
             distributed=ranks().size > 1,
         )
         return InputStatistics(in_features, spec, plan.device)
@@ -360,7 +361,7 @@ class BlockChanger:
         statistics = self._new_statistics(head)
         for batch, ids in enumerate(own_part(batches)):
             x = self.skeleton.head_input(ids.to(self.plan.device), self.stream.states.get(batch))
-            statistics.add(x.reshape(-1, x.shape[-1]))
+            statistics.add(x)
         statistics.complete()
         return statistics
 

@@ -158,15 +158,15 @@ class DenseBlockInputs:
         return x.reshape(all_tokens, x.shape[-1])
 
     def accumulate(
-        self, statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
+        self, statistics: InputStatistics, linear: Linear, batch: int, x: torch.Tensor
     ) -> None:
-        """Add a linear's inputs to its statistics, with those in the dense model if it has a drift.
+        """Add a linear's inputs (…, in) to its statistics, with those in the dense model.
 
-        This is an `Accumulate` of a walk.
+        The latter are added if it has a drift. This is an `Accumulate` of a walk.
         """
         has_target = statistics.drift_II is not None
-        dense_TI = self.get(linear.name, batch, len(X_TI)) if has_target else None
-        statistics.add(X_TI, dense_TI)
+        tokens = x.shape[:-1].numel()
+        statistics.add(x, self.get(linear.name, batch, tokens) if has_target else None)
 
     def finish(self) -> None:
         """Replace the hidden states before the block by the dense block's outputs.

@@ -28,23 +28,23 @@ import torch
 from greenlet import greenlet
 
 from prunus.distributed import ranks
-from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks, tokens_of
+from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks
 from prunus.engine.run_record import Walk
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 
-#: Adds the input X_TI (tokens, in) of a linear in one batch, by number, to its statistics.
+#: Adds the input (…, in) of a linear in one batch, by number, to its statistics.
 Accumulate = Callable[[InputStatistics, Linear, int, torch.Tensor], None]
 
 
 def accumulate_inputs(
-    statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
+    statistics: InputStatistics, linear: Linear, batch: int, x: torch.Tensor
 ) -> None:
-    """Add the input X_TI (tokens, in) of a linear in one batch to its statistics.
+    """Add the input (…, in) of a linear in one batch to its statistics.
 
     This is the `Accumulate` of runs without a dense stream; `DenseBlockInputs` has the other.
     """
-    statistics.add(X_TI)
+    statistics.add(x)
 
 
 def called_again(name: str) -> NotImplementedError:
@@ -225,7 +225,7 @@ class _Lockstep:
             leader = linear.name
             statistics = self.walk.new_statistics(linear)
             for batch in arrived:
-                self.walk.accumulate(statistics, linear, batch, tokens_of(self.waiting[batch][1]))
+                self.walk.accumulate(statistics, linear, batch, self.waiting[batch][1])
             statistics.complete()
             self.statistics[leader] = statistics
         statistics = self.statistics[leader]
@@ -440,7 +440,7 @@ class _FirstGroup:
             if linear.name not in self.groups:
                 self.groups[linear.name] = _Group(self.walk.new_statistics(linear), [linear.name])
             group = self.groups[linear.name]
-            self.walk.accumulate(group.statistics, linear, self.batch, tokens_of(x))
+            self.walk.accumulate(group.statistics, linear, self.batch, x)
             return
         if x is not self.input:
             raise StopForward
@@ -535,7 +535,7 @@ def two_pass(walk: BlockWalk) -> list[Linear]:
     for batch in range(walk.count):
 
         def collect(linear: Linear, x: torch.Tensor, batch: int = batch) -> None:
-            walk.accumulate(statistics[linear.name], linear, batch, tokens_of(x))
+            walk.accumulate(statistics[linear.name], linear, batch, x)
 
         with input_hooks(walk.linears, collect):
             walk.forward(batch)
