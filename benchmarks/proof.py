@@ -502,7 +502,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", default=ROWS, help="Default: %(default)s")
     parser.add_argument("--fast-on", default="cpu", help="for the row `fast`")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
-    parser.add_argument("--texts", default=",".join(TEXTS), help="Default: %(default)s")
+    parser.add_argument(
+        "--texts",
+        default=",".join(TEXTS),
+        help="Default: %(default)s. Leave out chats for a model without a chat template.",
+    )
     parser.add_argument(
         "--chunks", type=int, nargs=2, default=(100, 25), help="of 512 and of 2,048 tokens"
     )
