@@ -238,7 +238,7 @@ FOREIGN = {
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
     "--user-repo", "--copy", "--no-compile", "--tensor-type-file", "--port", "--json",
-    "--presets", "--rows", "--rounds",
+    "--presets", "--rows", "--rounds", "--texts",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}
