@@ -51,8 +51,10 @@ def test_half_precision_does_not_overflow(dtype):
 
 def test_inputs_of_another_width_are_refused():
     add = InputStatistics(5, "norms").add
-    assert_refused(ValueError, r"\(tokens, 5\), got \(3, 4\)", add, torch.ones(3, 4))
-    assert_refused(ValueError, r"\(tokens, 5\), got \(5,\)", add, torch.ones(5))
+    assert_refused(
+        ValueError, r"expected inputs \(tokens, 5\), got \(3, 4\)", add, torch.ones(3, 4)
+    )
+    assert_refused(ValueError, r"expected inputs \(tokens, 5\), got \(5,\)", add, torch.ones(5))
     assert_refused(ValueError, "not 'hessian'", InputStatistics, 5, "hessian")
 
 

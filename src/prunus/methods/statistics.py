@@ -319,13 +319,15 @@ def _first_token_factors(x_BTI: Tensor, share: float) -> Tensor:
 
     >>> _first_token_factors(torch.tensor([[[1.0], [3.0], [3.0]], [[5.0], [1.0], [0.0]]]), 0.5).T
     tensor([[4.2426, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000]])
+    >>> _first_token_factors(torch.tensor([[[0.0], [1.0]]]).half(), 0.5).isfinite().all()
+    tensor(True)
     """
     squares_BT = x_BTI.float().square().sum(dim=2)
     first_B, others_B = squares_BT[:, 0], squares_BT[:, 1:].sum(dim=1)
     factors_BT = torch.ones_like(squares_BT)
-    factors_BT[:, 0] = (
-        (share / (1 - share) * others_B / first_B.clamp_min(_LEAST)).sqrt().clamp_min(1)
-    )
+    factors_B = (share / (1 - share) * others_B / first_B.clamp_min(_LEAST)).sqrt()
+    # The factor of a first token of zeros is finite in any dtype, so that zeros stay zeros.
+    factors_BT[:, 0] = factors_B.clamp(1, torch.finfo(x_BTI.dtype).max)
     return factors_BT.reshape(-1, 1).to(x_BTI.dtype)
 
 

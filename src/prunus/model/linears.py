@@ -84,7 +84,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 #: Names under which some families store query, key and value in one matrix.
 JOINED_ATTENTION = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 #: Last parts of the names of linears that make queries, keys and values.
-_ATTENTION_INPUTS = {"q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
+_FEEDS_ATTENTION = frozenset(
+    ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", *JOINED_ATTENTION)
+)
 #: The part of a block in which a linear is. "other" is for the head, and for blocks that mix tokens
 #: without attention.
 Kind = Literal["attention", "mlp", "expert", "other"]
@@ -118,7 +120,7 @@ class Linear:
         >>> Linear("self_attn.v_proj", nn.Linear(2, 2)).feeds_attention
         True
         """
-        return self.name.rpartition(".")[2] in _ATTENTION_INPUTS.union(JOINED_ATTENTION)
+        return self.name.rpartition(".")[2] in _FEEDS_ATTENTION
 
     @property
     def shape(self) -> tuple[int, int]:
