@@ -6,7 +6,8 @@ CHECKPOINT is a folder: one that benchmarks/small_llama.py trained, or one that 
 made from a file of benchmarks/fetch_model.py. Without --llama-cpp, llama.cpp is built in WORK from
 the source that the package llama-cpp-python carries (it needs a C++ compiler; about ten minutes).
 
-From each checkpoint llama.cpp's converter makes one GGUF file in bfloat16, tied where the
+Rows of given types (`its types`, `prunus types`) differ by at most 0.3 % from these bytes. From
+each checkpoint llama.cpp's converter makes one GGUF file in bfloat16, tied where the
 checkpoint is tied, and that file's logits are what all others are compared with. For the bytes of
 each preset there are these rows:
 
@@ -16,7 +17,7 @@ each preset there are these rows:
     prunus types  llama-quantize (--tensor-type-file), with the types that prunus chose
     prunus        prunus compress --size BYTES
     fast          the same, with types that a processor decodes fast (--fast-on)
-    nearest       the same types as prunus, rounded weight by weight (--rounding nearest)
+    nearest       the same size, with each weight rounded by itself (--rounding nearest)
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
     autoround     AutoRound's GGUF export of the same scheme, at its default settings but for the
                   tokens; it needs --auto-round, the interpreter of a venv that has auto-round

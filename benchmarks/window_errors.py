@@ -54,7 +54,7 @@ def ratio_and_error(
     Args:
         ours: a value per window.
         theirs: the same windows, of the other file.
-        floor: what a file without loss would have there; it is subtracted from both.
+        floor: what a file of Q8_0 has there, mostly by the judge; it is subtracted from both.
 
     >>> ratio_and_error([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     (0.5, 0.0)

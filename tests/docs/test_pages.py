@@ -146,7 +146,7 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
     [least], [most] = shares("fast")
     speeds = [
         plots.decoding_speed(rows["prunus"]) / plots.decoding_speed(rows["preset"])
-        for rows in (qwen["rows"]["Q2_K"], qwen["rows"]["Q4_K_M"])
+        for rows in qwen["rows"].values()
     ]
     times = [
         in_words(rows["nearest"]["seconds"] / rows["prunus"]["seconds"])
@@ -167,15 +167,17 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
     ]
     for phrase in (
         f"Qwen2.5-Coder-1.5B takes {qwen['dense']['bytes'] / 1e9:.1f} GB",
-        f"Q2_K, makes {small:.0f} MB of it",
+        f"Q2_K, with an importance matrix, makes {small:.0f} MB of it",
         f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
         "Python code",
-        "On the worst of five texts, messages in non-Latin scripts, it loses "
-        f"{in_words(worst)} as much ({ours:.3f} against {theirs:.3f})",
-        f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
+        "At the size of IQ3_XXS, llama.cpp's better type nearby, it loses {:.2f} and {:.2f} as "
+        "much".format(*(x / y for x, y in compared("IQ3_XXS", "prunus"))),
+        f"On the worst of five texts, in non-Latin scripts, it loses {in_words(worst)} as much as "
+        f"Q2_K ({ours:.3f} against {theirs:.3f}), and at the size of Q4_K_M ({large:.0f} MB) {half}"
+        " as much on prose and code",
         f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
-        f"decode on processors at {speeds[0]:.2f} to {speeds[1]:.2f} of the speed of llama.cpp's",
-        f"they lose {least} to {most} as much as llama.cpp's",
+        f"decode at {min(speeds):.2f} to {max(speeds):.2f} of the speed of llama.cpp's",
+        f"lose {least} to {most} as much",
         f"{pruned[0]} by [Wanda](https://arxiv.org/abs/2306.11695) (`--preset fast`), {pruned[1]} "
         f"by `--preset balanced` and {pruned[2]} by `--preset best`",
     ):
@@ -238,7 +240,7 @@ FOREIGN = {
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
     "--user-repo", "--copy", "--no-compile", "--tensor-type-file", "--port", "--json",
-    "--presets", "--rows", "--rounds", "--texts",
+    "--presets", "--rows", "--rounds", "--texts", "--quant-predicate",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}
