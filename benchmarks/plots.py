@@ -327,7 +327,7 @@ def tasks_row(measured: dict[str, Any], preset: str) -> list[str]:
     shares = [f"{100 * by_solved(solved) / len(solved):.1f} %" for solved in (ours, theirs, dense)]
     first, second, chance = mcnemar(ours, theirs)
     words = f"{shares[0]}, {shares[1]}; dense {shares[2]}"
-    return [words, f"{first} to {second}, p = {chance:.2f}", *[""] * (2 * len(COMPARED) - 2)]
+    return [words, f"{first} to {second}, p = {chance:.2g}", *[""] * (2 * len(COMPARED) - 2)]
 
 
 def by_solved(solved: str) -> int:
