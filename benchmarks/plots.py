@@ -20,6 +20,7 @@ import math
 import re
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from window_errors import mcnemar, ratio_and_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-#: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
-#: The only model of the proof that has learnt much; the others are a check.
+#: The model of the proof that stands on the front page; smaller ones are a check.
 LARGEST = "Qwen2.5-Coder-1.5B"
+#: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
 WITH_TABLES = (ROOT / "docs" / "results" / "index.md",)
 TEXT = "wikitext2"
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "python-code": "Python"}
@@ -239,11 +240,14 @@ def decoding_speed(row: dict[str, Any]) -> float:
     return statistics.median(speed["decode"] for speed in row["speeds"]) if "speeds" in row else 0
 
 
-def proof_table(_figures: Figures, models: set[str] | None = None) -> str:
-    """GGUF files at equal bytes: divergence, its ratio to that of the preset, and speed."""
+def proof_table(_figures: Figures, largest: bool = True) -> str:
+    """GGUF files at equal bytes: divergence, its ratio to that of the preset, and speed.
+
+    Of the largest model, or of all others.
+    """
     rows = []
     for model, measured in read("proof")["models"].items():
-        if model not in (models or {LARGEST}):
+        if (model == LARGEST) is not largest:
             continue
         name = model
         for preset, of_preset in measured["rows"].items():
@@ -295,17 +299,20 @@ COMPARED = ("KL", "ratio, less floor", "perplexity, %")
 RIVALS = ("preset", "more tokens")
 
 
+def lowest(of_preset: dict[str, Any], names: tuple[str, ...], text: str, field: str) -> Any:
+    """The scores of the row that loses least, of those that have the text; None without one."""
+    found = [of_preset.get(row, {}).get(field, {}).get(text) for row in names]
+    return min(filter(None, found), key=lambda scores: scores["kl"], default=None)
+
+
 def compared(rows: dict[str, Any], preset: str, text: str, field: str) -> tuple[Any, ...]:
     """A ratio of divergences, and the cells of a text in the order of `COMPARED`."""
-
-    def scores(preset: str, row: str) -> Any:
-        return rows[preset].get(row, {}).get(field, {}).get(text)
-
-    rivals = [found for row in RIVALS if (found := scores(preset, row))]
-    ours, floor = scores(preset, "prunus"), scores("Q8_0", "preset")
-    if not (ours and rivals and floor):
+    ours = lowest(rows[preset], ("prunus",), text, field)
+    theirs = lowest(rows[preset], RIVALS, text, field)
+    floor = lowest(rows["Q8_0"], ("preset",), text, field)
+    if not (ours and theirs and floor):
         return 0.0, *[""] * len(COMPARED)
-    files = ours, min(rivals, key=lambda found: found["kl"])
+    files = ours, theirs
     values = [file["kl_by_window"] for file in files]
     ratio, error = ratio_and_error(*values)
     less, _ = ratio_and_error(*values, floor["kl_by_window"])
@@ -347,14 +354,9 @@ def speed_table(_figures: Figures) -> str:
     return markdown(["size of", "file", "decoding speed", "WikiText-2", "Python"], rows, text=2)
 
 
-def sanity_table(figures: Figures) -> str:
-    """The same for all other models."""
-    return proof_table(figures, read("proof")["models"].keys() - {LARGEST})
-
-
 TABLES = {
     "proof": proof_table,
-    "sanity": sanity_table,
+    "sanity": partial(proof_table, largest=False),
     "proof-windows": windows_table,
     "speed": speed_table,
     "models-and-texts": text_table,

@@ -6,8 +6,7 @@ CHECKPOINT is a folder: one that benchmarks/small_llama.py trained, or one that 
 made from a file of benchmarks/fetch_model.py. Without --llama-cpp, llama.cpp is built in WORK from
 the source that the package llama-cpp-python carries (it needs a C++ compiler; about ten minutes).
 
-Rows of given types (`its types`, `prunus types`) differ by at most 0.3 % from these bytes. From
-each checkpoint llama.cpp's converter makes one GGUF file in bfloat16, tied where the
+From each checkpoint llama.cpp's converter makes one GGUF file in bfloat16, tied where the
 checkpoint is tied, and that file's logits are what all others are compared with. For the bytes of
 each preset there are these rows:
 
@@ -21,6 +20,8 @@ each preset there are these rows:
     fixed head    prunus, with embedding and head as the preset has them (Q6_K)
     autoround     AutoRound's GGUF export of the same scheme, at its default settings but for the
                   tokens; it needs --auto-round, the interpreter of a venv that has auto-round
+
+Files of given types (`its types`, `prunus types`) may differ by 0.3 % from the preset's bytes.
 
 Both programs calibrate on the same tokens of `mix`, of which nothing is scored; only `more tokens`
 has others. A row of Q8_0 is the floor: what a file loses in this judgement that lost next to
