@@ -235,9 +235,9 @@ def fixed(value: float, least: int) -> str:
     return f"{value:.{decimals(value, least)}f}"
 
 
-def decoding_speed(row: dict[str, Any]) -> float:
+def decoding_speed(row: dict[str, Any], field: str = "speeds") -> float:
     """Tokens per second, the median of the rounds; 0 where none was measured."""
-    return statistics.median(speed["decode"] for speed in row["speeds"]) if "speeds" in row else 0
+    return statistics.median(speed["decode"] for speed in row[field]) if field in row else 0
 
 
 def proof_table(_figures: Figures, largest: bool = True) -> str:
@@ -341,17 +341,44 @@ def by_solved(solved: str) -> int:
     return solved.count("1")
 
 
+#: Results with files that decode fast -> the `--fast-on` of these files.
+FAST = {"proof": "avx512", "proof-windows": "cpu"}
+
+
+def fast_files() -> list[tuple[str, str, list[float], list[float]]]:
+    """The largest model's files that decode fast, and others beside them.
+
+    Returns:
+        The preset of the same size, what the file is called, its speed with AVX-512 and with AVX2
+        (as far as they were measured) and its divergence on each text, in units of the preset's.
+    """
+    files = []
+    for source, given in FAST.items():
+        for preset, of_preset in read(source)["models"][LARGEST]["rows"].items():
+            base = of_preset["preset"]
+            for row, name in (("prunus", "prunus"), ("fast", f"prunus, `--fast-on {given}`")):
+                values = of_preset.get(row, {})
+                if "speeds" not in values or "fast" not in of_preset:
+                    continue
+                speeds = [
+                    decoding_speed(values, field) / decoding_speed(base, field)
+                    for field in ("speeds", "speeds_avx2")
+                    if field in values
+                ]
+                scores = values["scores"].items()
+                losses = [x["kl"] / base["scores"][text]["kl"] for text, x in scores]
+                files.append((preset, name, speeds, losses))
+    return sorted(files, key=lambda file: file[0])
+
+
 def speed_table(_figures: Figures) -> str:
     """Of files with types that decode fast: speed and divergence in units of the preset's."""
-    rows = []
-    for preset, of_preset in read("proof")["models"][LARGEST]["rows"].items():
-        base = of_preset["preset"]
-        for row in ("prunus", "fast") if "fast" in of_preset else ():
-            values = of_preset[row]
-            ratios = [decoding_speed(values) / decoding_speed(base)]
-            ratios += [x["kl"] / base["scores"][text]["kl"] for text, x in values["scores"].items()]
-            rows.append([preset, PROOF_ROWS[row][0], *(f"{ratio:.2f}" for ratio in ratios)])
-    return markdown(["size of", "file", "decoding speed", "WikiText-2", "Python"], rows, text=2)
+    rows = [
+        [preset, name, *(f"{x:.2f}" for x in speeds), *[""][len(speeds) - 1 :]]
+        + [f"{x:.2f}" for x in losses]
+        for preset, name, speeds, losses in fast_files()
+    ]
+    return markdown(["size of", "file", "AVX-512", "AVX2", "WikiText-2", "Python"], rows, text=2)
 
 
 TABLES = {

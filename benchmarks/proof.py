@@ -36,6 +36,7 @@ that is in the JSON file is not measured again, so a run that was stopped goes o
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -344,10 +345,18 @@ def read_scores(printed: str) -> dict[str, Any]:
 
 
 def facts(file: Path) -> dict[str, Any]:
-    """Bytes, weights in matrices, bits of the linears in blocks, types and SHA-256 of a file."""
+    """Bytes, weights in matrices, bits of the linears in blocks, types and SHA-256 of a file.
+
+    The metadata of a file names folders and versions, so the tensors have a SHA-256 of their own:
+    that of all bytes after the metadata.
+    """
     from gguf import GGUFReader
 
-    tensors = GGUFReader(file).tensors
+    reader = GGUFReader(file)
+    tensors = reader.tensors
+    with file.open("rb") as data:
+        data.seek(reader.data_offset)
+        of_tensors = hashlib.file_digest(data, "sha256").hexdigest()
     linears = [x for x in tensors if x.name.startswith("blk.") and len(x.shape) > 1]
     types: dict[str, int] = {}
     for tensor in tensors:
@@ -362,6 +371,7 @@ def facts(file: Path) -> dict[str, Any]:
         / sum(int(x.n_elements) for x in linears),
         "bytes_by_type": types,
         "sha256": file_digest(file),
+        "sha256_of_tensors": of_tensors,
     }
 
 
@@ -476,17 +486,17 @@ def check_weights(checkpoint: Path, found: dict[str, Any]) -> None:
 
 
 def measure_speeds(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    """Let all files take turns; the median of the rounds counts."""
-    rounds = judge.options.rounds
+    """Let the files of this command take turns; the median of the rounds counts."""
+    options, field = judge.options, judge.options.speeds
     rows = [
-        (make_row(judge, preset, name)[0], row)
-        for preset, of_preset in figures["rows"].items()
-        for name, row in of_preset.items()
-        if len(row.get("speeds", [])) < rounds
+        (make_row(judge, preset, name)[0], figures["rows"][preset][name])
+        for preset in options.presets.split(",")
+        for name in options.rows.split(",")
     ]
-    for _ in range(rounds):
+    rows = [(file, row) for file, row in rows if len(row.get(field, [])) < options.rounds]
+    for _ in range(options.rounds):
         for file, row in rows:
-            row.setdefault("speeds", []).append(judge.speed(file))
+            row.setdefault(field, []).append(judge.speed(file))
             save()
 
 
@@ -514,6 +524,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", type=int, default=1000, help="rows of HellaSwag; 0 for none")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of speed; 0 for none")
+    parser.add_argument(
+        "--speeds",
+        default="speeds",
+        help="field of the figures for these measurements; one for each build of llama.cpp",
+    )
     return parser.parse_args(arguments)
 
 

@@ -137,13 +137,13 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         rows = qwen["rows"][preset]
         return [(rows[row]["scores"][x][key], rows["preset"]["scores"][x][key]) for x in texts]
 
-    def shares(row: str) -> list[set[str]]:
-        return [{in_words(x / y) for x, y in compared(name, row)} for name in ("Q2_K", "Q4_K_M")]
-
     small, large = (qwen["rows"][x]["preset"]["bytes"] / 1e6 for x in ("Q2_K", "Q4_K_M"))
     prose_loss, code_loss = (f"{x:.3f} against {y:.3f}" for x, y in compared("Q2_K", "prunus"))
-    [third], [half] = shares("prunus")
-    [least], [most] = shares("fast")
+    [third], [half] = (
+        {in_words(x / y) for x, y in compared(z, "prunus")} for z in ("Q2_K", "Q4_K_M")
+    )
+    *_, ratios, losses = zip(*(x for x in plots.fast_files() if "--fast-on" in x[1]), strict=True)
+    fast, lost = (sorted(y for of_file in x for y in of_file) for x in (ratios, losses))
     speeds = [
         plots.decoding_speed(rows["prunus"]) / plots.decoding_speed(rows["preset"])
         for rows in qwen["rows"].values()
@@ -181,8 +181,8 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         ),
         f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
         f"on processors, files without `--fast-on` decode at {min(speeds):.2f} to "
-        f"{max(speeds):.2f} of the speed of llama.cpp's. Files with it are about as fast (measured "
-        f"with `avx512`), and lose {least} to {most} as much",
+        f"{max(speeds):.2f} of the speed of llama.cpp's. Files with it decode at {fast[0]:.2f} to "
+        f"{fast[-1]:.2f} of it, and lose {in_words(lost[0])} to {in_words(lost[-1])} as much",
         f"{pruned[0]} by [Wanda](https://arxiv.org/abs/2306.11695) (`--preset fast`), {pruned[1]} "
         f"by `--preset balanced` and {pruned[2]} by `--preset best`",
     ):
@@ -245,7 +245,7 @@ FOREIGN = {
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
     "--user-repo", "--copy", "--no-compile", "--tensor-type-file", "--port", "--json",
-    "--presets", "--rows", "--rounds", "--texts", "--quant-predicate",
+    "--presets", "--rows", "--rounds", "--speeds", "--texts", "--quant-predicate",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}
