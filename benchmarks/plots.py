@@ -373,11 +373,10 @@ def fast_files() -> list[tuple[str, str, list[float], list[float]]]:
 
 def speed_table(_figures: Figures) -> str:
     """Of files with types that decode fast: speed and divergence in units of the preset's."""
-    rows = [
-        [preset, name, *(f"{x:.2f}" for x in speeds), *[""][len(speeds) - 1 :]]
-        + [f"{x:.2f}" for x in losses]
-        for preset, name, speeds, losses in fast_files()
-    ]
+    rows = []
+    for preset, name, speeds, losses in fast_files():
+        decoded, lost = ([f"{x:.2f}" for x in ratios] for ratios in (speeds, losses))
+        rows.append([preset, name, *decoded, *[""] * (2 - len(decoded)), *lost])
     return markdown(["size of", "file", "AVX-512", "AVX2", "WikiText-2", "Python"], rows, text=2)
 
 

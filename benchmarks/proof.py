@@ -447,10 +447,14 @@ def make_rows(judge: Judge, figures: dict[str, Any]) -> list[tuple[Path, dict[st
     return made
 
 
-def measure(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    """Make every row of a model, and score what is not in the figures yet, text by text."""
-    (dense, of_dense), *rows = make_rows(judge, figures)
-    save()
+def measure(
+    judge: Judge,
+    figures: dict[str, Any],
+    made: list[tuple[Path, dict[str, Any]]],
+    save: Callable[[], None],
+) -> None:
+    """Score what `make_rows` made, text by text, as far as it is not in the figures yet."""
+    (dense, of_dense), *rows = made
     for length, field in SCORES.items():
         for text in judge.options.texts.split(","):
             figures.setdefault("texts", {})[text] = file_digest(judge.text(text))
@@ -485,16 +489,13 @@ def check_weights(checkpoint: Path, found: dict[str, Any]) -> None:
         )
 
 
-def measure_speeds(judge: Judge, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    """Let the files of this command take turns; the median of the rounds counts."""
-    options, field = judge.options, judge.options.speeds
-    rows = [
-        (make_row(judge, preset, name)[0], figures["rows"][preset][name])
-        for preset in options.presets.split(",")
-        for name in options.rows.split(",")
-    ]
-    rows = [(file, row) for file, row in rows if len(row.get(field, [])) < options.rounds]
-    for _ in range(options.rounds):
+def measure_speeds(
+    judge: Judge, made: list[tuple[Path, dict[str, Any]]], save: Callable[[], None]
+) -> None:
+    """Let all files but the dense one take turns; the median of the rounds counts."""
+    field, rounds = judge.options.speeds, judge.options.rounds
+    rows = [(file, row) for file, row in made[1:] if len(row.get(field, [])) < rounds]
+    for _ in range(rounds):
         for file, row in rows:
             row.setdefault(field, []).append(judge.speed(file))
             save()
@@ -560,8 +561,10 @@ def main(arguments: list[str] | None = None) -> None:
         work.mkdir(exist_ok=True)
         judge = Judge(llama, work, Path(checkpoint).resolve(), options)
         figures = results["models"].setdefault(name, {})
-        measure(judge, figures, save)
-        measure_speeds(judge, figures, save)
+        made = make_rows(judge, figures)
+        save()
+        measure(judge, figures, made, save)
+        measure_speeds(judge, made, save)
     print(f"{options.json}: python benchmarks/plots.py makes the table and the plot of it")
 
 
