@@ -27,7 +27,7 @@ def loaded(folder: str, name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    return loaded("docs", "generate_reference")
+    return loaded("docs/tools", "generate_reference")
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,8 @@ def test_committed_figures_name_no_paths():
 
 
 def test_pictures_are_those_of_the_script_and_are_small():
-    """After a change: python docs/drawings.py."""
-    drawings = loaded("docs", "drawings")
+    """After a change: python docs/tools/drawings.py."""
+    drawings = loaded("docs/tools", "drawings")
     stored = {path.stem: path for path in drawings.FOLDER.glob("*.svg")}
     assert stored.keys() == drawings.DRAWINGS.keys()
     for name, make in drawings.DRAWINGS.items():

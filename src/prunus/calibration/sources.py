@@ -37,8 +37,8 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
-from prunus.hardware.words import counted, did_you_mean, reason
 from prunus.model.tokenizer import apply_chat_template
+from prunus.words import counted, did_you_mean, reason
 
 # What texts may be, for errors.
 _CHOICES = (

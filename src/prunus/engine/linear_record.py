@@ -14,10 +14,10 @@ from pydantic import Field
 
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.run_record import BlockwiseRecord, RecordPart, Walk, bos_words
-from prunus.hardware.words import name_patterns
+from prunus.words import name_patterns
 
 if TYPE_CHECKING:
-    from prunus.engine.document import Table
+    from prunus.document import Table
 
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
@@ -204,7 +204,7 @@ class LinearsRecord(BlockwiseRecord):
     def table(self) -> Table:
         """One row per kind of linear, and the totals; the head comes last."""
         # Only what shows a record needs documents.
-        from prunus.engine.document import table_of
+        from prunus.document import table_of
 
         totals = self.all_totals()
         error, mean = mean_error(totals)

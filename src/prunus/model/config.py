@@ -24,10 +24,10 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import read_json, write_json
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed
+from prunus.words import reason
 
 _MAX_DEPTH = 32  # of lists and objects in each other
 _MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer

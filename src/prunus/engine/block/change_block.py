@@ -259,7 +259,7 @@ class BlockChanger:
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         set_location(full_name)
-        work, masks = self.plan.work, self.plan.masks
+        work, masks = self.plan.work, self.plan.step.masks
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = change_linear(
             self.plan.method,

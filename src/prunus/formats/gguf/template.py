@@ -43,11 +43,11 @@ from prunus.formats.gguf.placements import (
     weight_shapes,
 )
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
-from prunus.formats.type_choice import Measurement
-from prunus.hardware.words import name_patterns
 from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.rounding.type_choice import Measurement
+from prunus.words import name_patterns
 
 # The columns of a weight that can have a type are a multiple of these.
 _NARROWEST = min(kind.span for kind in TYPES.values())
