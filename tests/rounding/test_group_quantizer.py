@@ -12,8 +12,9 @@ from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES, CodebookType, GgufType, type_for
 from prunus.kernels import library as kernels
 from prunus.kernels.library import ISAS
-from prunus.methods import InputStatistics, Work, group_sweep
+from prunus.methods import InputStatistics, Work
 from prunus.methods.solvers.obs import inverse_factor
+from prunus.rounding import group_sweep
 from prunus.rounding.codebooks import find_codewords
 from prunus.rounding.group_fits import fit_scales, round_in_groups, rounded_rows, span_fit
 from prunus.rounding.group_sweep import GroupRounding, quantize_in_groups

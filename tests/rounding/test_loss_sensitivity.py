@@ -15,8 +15,8 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.pruning.prune import Pruning
+from prunus.pruning.recipe import Recipe
 from prunus.rounding import loss_sensitivity
-from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.group_sweep import relative_steps
 from prunus.rounding.loss_sensitivity import (
     LinearSensitivity,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def planned(folder, dtype: str = "float32", **options) -> LinearPlan:
-    recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
+    recipe = Recipe(samples=4, seqlen=16, batch=2, dtype=dtype, **options)
     return Pruning(folder, None, recipe, RunOptions(calibration_data=IDS)).plan()
 
 

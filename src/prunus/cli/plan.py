@@ -7,10 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from prunus.compression.fit import plan_to_fit
+from prunus.compression.type_rounding import write_lists
 from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
 from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
+from prunus.recovery.max_preset import plan_training
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
@@ -93,8 +96,6 @@ def plan(
     plan: Any
     needs: dict[str, Any] = {}
     if fits is not None:
-        from prunus.compression.fit import plan_to_fit
-
         memory = parse_bytes(fits, 1000) if isinstance(fits, str) else fits
         plan, needs = plan_to_fit(str(model), output, (recipe, given), how, memory, context)
     else:
@@ -106,8 +107,6 @@ def plan(
         run = kind(model, output, chosen, how, **of_command)
         plan = planned(run)
     if written:
-        from prunus.compression.type_rounding import write_lists
-
         described = plan.describe(write_lists(plan, lists[0], lists[1], progress))
     else:
         described = plan.describe()
@@ -118,8 +117,6 @@ def plan(
         working = run.forecast(plan)
         described["seconds"] = working and round(planning + working, 1)
     if trains:
-        from prunus.recovery.max_preset import plan_training
-
         described["training"] = plan_training(model, output, plan.recipe, how)
     return described
 

@@ -28,10 +28,13 @@ from torch import Tensor
 from prunus.calibration.sources import TextSource
 from prunus.distributed import ranks
 from prunus.engine.block.change_block import BlockChanger
+from prunus.engine.block.dense_stream import DenseStream
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import read_block
+from prunus.engine.reconstruction.reconstruct_block import default_schedule, split_batches
+from prunus.engine.reconstruction.train import validations
 from prunus.engine.run_windows import run_tokenizer, windows_source
 from prunus.engine.session import SILENT
 from prunus.hardware.machine import keep_freed_memory
@@ -108,8 +111,6 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
     changer = BlockChanger(plan, SILENT, plan.walks, plan.sparsities, before.round_as)
     models, all_batches = 1, plan.batches
     if changer.dense is not None:
-        from prunus.engine.block.dense_stream import DenseStream
-
         # A run of few batches needs them all in both models to train.
         changer.dense = DenseStream(plan.skeleton, plan.source, plan.device)
         models, all_batches = 2, plan.batches + -(-plan.batches // plan.drift_stride)
@@ -141,9 +142,6 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
 
 def _training(plan: LinearPlan, index: int, record: ReconstructionRecord, batches: int) -> float:
     """Seconds of the training of a block in the run, whose trial trained on `batches` batches."""
-    from prunus.engine.reconstruction.reconstruct_block import default_schedule, split_batches
-    from prunus.engine.reconstruction.train import validations
-
     tokens, hidden = plan.skeleton.window_shape(index, plan.recipe.seqlen)
     by_logits, given = plan.skeleton.is_in_front_of_head(index), plan.recipe.training.epochs
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
@@ -38,6 +39,7 @@ from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.allocation import Share, mean_sparsity
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.methods.table import Method
@@ -307,9 +309,6 @@ class LinearPlan(RunPlan):
         """Whether a linear with this many inputs also uses its inputs in the dense model."""
         if not self.method.needs_drift:
             return False
-        # Dense targets, and the solver below them, are loaded by the runs that use them.
-        from prunus.methods.dense_targets import drift_is_worthwhile
-
         return drift_is_worthwhile(in_features, self.tokens)
 
     @functools.cached_property
@@ -323,8 +322,6 @@ class LinearPlan(RunPlan):
         trained = self.recipe.training.blocks
         if trained == "all" or not method.needs_drift:
             return 1
-        from prunus.engine.block.dense_stream import drift_stride_for
-
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
         stride = drift_stride_for(

@@ -10,6 +10,7 @@ from typing import Any
 from prunus.document import Facts, Table, items_of, table_of
 from prunus.engine.run_record import bos_words
 from prunus.recovery.recovery_record import RecoveryRecord
+from prunus.rounding.compression_record import FileSize, unmatched_sentences
 from prunus.words import about, counted, in_bytes
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
@@ -67,8 +68,6 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.rounding.compression_record import FileSize, unmatched_sentences
-
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
         if plan.get("unmatched"):
             rows["unmatched"] = " ".join(unmatched_sentences(plan["unmatched"]))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from prunus.formats.codec import Codec
+from prunus.formats.gguf.audit import FileAudit
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
@@ -67,8 +68,6 @@ class GgufCodec(Codec):
     @staticmethod
     def audit(path: Path, reads_weights: bool = False) -> Any:
         """What any GGUF file holds, and how it was made: a `FileAudit`."""
-        from prunus.formats.gguf.audit import FileAudit
-
         return FileAudit.of(path, reads_weights)
 
     @classmethod
