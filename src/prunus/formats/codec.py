@@ -2,7 +2,7 @@
 
 A `Codec` has no state, and its eight methods are all that a new format adds; the page "Add a
 format" follows one. Which codec an output gets, `codec_for` says by the table of
-`model/formats.py`. The runs, their folders and files are the engine's.
+`formats/table.py`. The runs, their folders and files are the engine's.
 """
 
 from __future__ import annotations
