@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT": {"method": "sparsegpt"},
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
-    "max": {"minutes": 20},
+    "best, recovered": {"minutes": 20},
 }
 C4: dict[str, Any] = {"calibration": "c4", "samples": 32, "seqlen": 256}
 #: Blocks of which a share is left at most, and experts of which a share goes, by `prunus.shrink`.
@@ -54,7 +54,9 @@ def measure(dense: Path, options: dict[str, Any], out: Path, data: Path) -> dict
     shutil.rmtree(out, ignore_errors=True)
     options = {"data": data, **CALIBRATION, **options}
     if "minutes" in options:
-        prunus.prune_and_recover(dense, out, **options)
+        minutes, pruned = options.pop("minutes"), out.with_name(f"{out.name}-pruned")
+        prunus.prune(dense, pruned, preset="best", progress=False, overwrite=True, **options)
+        prunus.recover(pruned, out, "masked", teacher=dense, minutes=minutes, data=data)
     elif "repair" in options:
         if "blocks" in options:
             blocks = json.loads((dense / "config.json").read_text("utf-8"))["num_hidden_layers"]

@@ -61,7 +61,6 @@ WITHOUT_TORCH = [
 VERBS = {
     "calibration.training_text.training_text",
     "cli.plan.plan",
-    "recovery.max_preset.prune_and_recover",
     "recovery.recover.recover",
 }
 

@@ -4,8 +4,6 @@ prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a file size or to bits per weight
 shrink       make a model smaller: remove blocks or experts, and repair what is left
 recover      train a pruned checkpoint, with its zeros kept
-prune_and_recover
-             both, one after the other: preset max
 load         a model and its tokenizer: dense, pruned, compressed, or an adapter
 perplexity   score a model on text
 perplexities score several models on several texts side by side
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from prunus.pruning.masks import masks
     from prunus.pruning.prune import prune
     from prunus.pruning.recipe import Recipe
-    from prunus.recovery.max_preset import prune_and_recover
     from prunus.recovery.recover import recover
     from prunus.recovery.recovery_record import RecoveryRecord
     from prunus.reporting.write import report
@@ -72,7 +69,6 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
-    "prune_and_recover",
     "recover",
     "report",
     "shrink",
@@ -105,7 +101,6 @@ _HOMES = {
     "perplexity": "prunus.evaluation.perplexity",
     "plan": "prunus.cli.plan",
     "prune": "prunus.pruning.prune",
-    "prune_and_recover": "prunus.recovery.max_preset",
     "recover": "prunus.recovery.recover",
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.shrink",

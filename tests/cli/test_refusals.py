@@ -83,7 +83,6 @@ OTHERS = [
     ("prune dense out --data gone", "the data folder does not exist"),
     ("prune dense out --recipe gone.toml", r"there is no recipe file gone\.toml"),
     ("prune dense out --resume", "no unfinished run in out to resume"),
-    ("prune dense out --minutes 3", "--preset max"),
     ("prune dense out --json empty", "--json empty is a folder"),
     ("prune dense out --json text.txt/x.json", "is not a folder that you may write to"),
     ("plan dense out --fits 8GB", "a name that ends in .gguf"),
@@ -194,10 +193,7 @@ OTHERS = [
     ("plan dense X.GGUF", "X.GGUF is the name of a .gguf file, and the result is a folder"),
     ("shrink dense x.gguf --blocks 1", "x.gguf .* is a folder: choose another"),
     ("recover pruned x.gguf --mode masked", "x.gguf .* the result is a folder"),
-    (
-        "prune dense x.gguf --preset max --seqlen 16 --minutes 1",
-        "x.gguf .* the result is a folder",
-    ),
+    ("x.gguf .* the result is a folder",),
     # Files that never end, or that nobody writes to.
     ("prune dense out --method fifo.py:mine", "fifo.py is a FIFO; expected a regular file"),
     ("prune dense out --recipe fifo.py", "fifo.py is a FIFO; expected a regular file"),

@@ -157,12 +157,6 @@ def test_a_training_step_is_split_over_ranks(found):
     assert not result["left"]
 
 
-def test_ranks_prune_and_train_with_preset_max(found):
-    result = found["recovered"]
-    assert result["max"] == "finished"
-    assert not result["left inside"], "rank 0 removes the pruned checkpoint"
-
-
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 7))
 def test_shares_are_whole_in_order_and_even(count, size, together):
     parts = split_range(count, size, together)

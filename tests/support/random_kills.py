@@ -58,7 +58,6 @@ def verbs(folder: Path) -> dict[str, Callable[[Path], object]]:
     ids = folder / "ids.safetensors"
     windows = torch.arange(96).reshape(6, 16) % 120
     given = {"calibration": windows, "batch": 2, "dtype": "float32"}
-    quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
     text_windows = {"calibration": str(text), "samples": 2, "seqlen": 16, "dtype": "float32"}
 
     def training(model: Path, mode: str) -> Callable[[Path], object]:
@@ -82,9 +81,6 @@ def verbs(folder: Path) -> dict[str, Callable[[Path], object]]:
         "recover-masked": training(pruned, "masked"),
         "recover-lora": training(pruned, "lora"),
         "recover-full": training(dense, "full"),
-        "max": lambda out: prunus.prune_and_recover(
-            dense, out, tokens=2048, **text_windows, **quick
-        ),
         "sweep": lambda out: run_sweep(sweep, out),
         "import": lambda out: import_gguf(folder / GGUF_NAME, out, overwrite=True),
     }

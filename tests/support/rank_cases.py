@@ -375,14 +375,6 @@ def recovered(scratch: Path) -> dict[str, Any]:
 
     refused = answers(2, lambda _: fault_of(lambda: train(scratch / "three", batch=1)), scratch)
 
-    def prune_and_train() -> None:
-        quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none"}
-        prunus.prune_and_recover(
-            dense, scratch / "max", calibration=str(text), samples=4, seqlen=16, dtype="float32",
-            allocation="uniform", rank_timeout=60.0, tokens=2048, **quick,
-        )  # fmt: skip
-
-    on_two(prune_and_train)
     both = json.loads((scratch / "two" / "prunus-recovery.json").read_text())
     return {
         "alone": [x.held_out_loss for x in alone.evaluations],
@@ -390,8 +382,6 @@ def recovered(scratch: Path) -> dict[str, Any]:
         "state": both["state"],
         "refused": refused[0],
         "left": (scratch / "three").exists(),
-        "max": json.loads((scratch / "max" / "prunus-recovery.json").read_text())["state"],
-        "left inside": (scratch / "max" / ".prunus-pruned").exists(),
         **compare(scratch / "one", scratch / "two"),
     }
 

@@ -26,45 +26,18 @@ if TYPE_CHECKING:
 
 # Options of `plan` that only recover has, in the first panel of its own help.
 _OF_RECOVER = ("mode", "text", "tokens", "minutes")
-_MAX: dict[str, Any] = {"rich_help_panel": "Preset max"}
 
 
 @with_flags(Recipe, RunOptions)
-def prune(
-    model: Model,
-    output: Output,
-    *,
-    minutes: Annotated[
-        float | None,
-        opt("Train for this number of minutes after pruning. Default: 20.", "MINUTES", **_MAX),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        opt("Train on N tokens after pruning, in place of --minutes.", "N", **_MAX),
-    ] = None,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
+def prune(model: Model, output: Output, *, recipe: RecipeFile = None, **options: Any) -> None:
     """Prune MODEL block by block and write the result to OUT.
 
     A killed run continues with the same command. Under torchrun, processes share the work.
     """
-    work, recipe_options = RunOptions.pick(options)
-    # The pruning of preset max is that of best. A recipe file may change its options, as flags may.
-    if trains := recipe_options.get("preset") == "max":
-        recipe_options["preset"] = "best"
-    if not trains and (minutes is not None or tokens is not None):
-        raise ValueError(
-            "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
-            "add it, or drop them"
-        )
-    chosen = Recipe.read(recipe, recipe_options)
-    if trains:
-        budget = {"minutes": minutes, "tokens": tokens}
-        _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
-        return
     from prunus.pruning.prune import Pruning
 
+    work, recipe_options = RunOptions.pick(options)
+    chosen = Recipe.read(recipe, recipe_options)
     command = Pruning(model, output, chosen, RunOptions.read(None, work))
     _carry_out(command, f"{chosen.method} {output}")
 
@@ -144,29 +117,6 @@ def _carry_out(
         record = carry_out(command, session, after)
     print_result(record, table(record))
     return record
-
-
-def _prune_and_recover(
-    model: str, output: Path, recipe: Recipe, how: RunOptions, budget: dict[str, Any]
-) -> None:
-    """Carry out preset max with a progress bar for each phase, and print both results.
-
-    Args:
-        model: The dense model.
-        output: Folder for the result.
-        recipe: The recipe of the pruning.
-        how: The options of the run.
-        budget: `minutes` and `tokens` of the training; None is a flag that is not given.
-    """
-    from prunus.recovery.max_preset import max_run
-
-    pruning = show_pruning(f"{recipe.method} {output}", progress_console())
-    training = show_recovery(f"training {output}", progress_console())
-    shown = (shown_steps(pruning, None), shown_steps(training, output))
-    manifest, record = max_run(model, output, recipe, how, shown, budget)
-    records = {"pruning": manifest, "recovery": record}
-    content = {name: record.model_dump(mode="json") for name, record in records.items()}
-    print_result(content, manifest.table(), recovery_table(record))
 
 
 @with_flags(

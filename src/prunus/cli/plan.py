@@ -13,7 +13,6 @@ from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
 from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.max_preset import plan_training
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
@@ -73,7 +72,7 @@ def plan(
 
     Returns:
         The plan as JSON values; see `describe` of the plan of each command. `needs` has the parts
-        of `fits`, `written` the files, and `training` what preset max trains. `seconds` is how
+        of `fits`, and `written` the files. `seconds` is how
         long the run takes, from a trial of a few windows; None if that is unknown.
 
     Raises:
@@ -88,8 +87,6 @@ def plan(
     how, output = RunOptions.read(None, work), None if output is None else Path(output)
     lists = [None if path is None else Path(path) for path in (tensor_types, imatrix)]
     written = [str(path) for path in lists if path is not None]
-    if trains := given.get("preset") == "max":
-        given["preset"] = "best"
     if written:
         # llama-quantize rounds each weight by itself.
         given = {"rounding": "nearest"} | given
@@ -111,13 +108,11 @@ def plan(
     else:
         described = plan.describe()
     described |= {"written": written, "needs": needs, "seconds": None}
-    if not (written or needs or trains):
+    if not (written or needs):
         # What was planned until now is planned by the run too.
         planning = time.perf_counter() - started
         working = run.forecast(plan)
         described["seconds"] = working and round(planning + working, 1)
-    if trains:
-        described["training"] = plan_training(model, output, plan.recipe, how)
     return described
 
 

@@ -79,7 +79,6 @@ def find_earlier(
     recipe: Options,
     options: RunOptions,
     *sources: Path,
-    inside: str | None = None,
 ) -> _Record | None:
     """The record of the earlier run in the output folder, or None if this run starts afresh.
 
@@ -92,7 +91,6 @@ def find_earlier(
         recipe: The options of this run, which those of the earlier run must equal.
         options: `overwrite` and `resume` say what to do with an earlier run.
         *sources: Folders that the run reads, which must lie apart from `output`.
-        inside: Name of something in the folder that does not count as content; see `is_vacant`.
 
     Raises:
         FileExistsError: The folder holds files that the command did not write, or a run with other
@@ -106,7 +104,7 @@ def find_earlier(
         check_apart(output, source)
     check_folder_name(output)
     earlier = None
-    if not is_vacant(output, inside):
+    if not is_vacant(output):
         if not (output / kind.FILE).exists():
             replaces = "`overwrite` replaces only what that command made. "
             raise FileExistsError(

@@ -47,10 +47,10 @@ class Recipe(PruningOptions):
     preset: Annotated[
         str | None,
         Option(
-            "Take a tested set of options: fast, balanced, best or max. prune and plan know max, "
-            "which trains after best. Explicit options override a preset.",
+            "Take a tested set of options: fast, balanced or best. Explicit options override a "
+            "preset.",
             metavar="PRESET",
-            suggestions=lambda: ("fast", "balanced", "best", "max"),
+            suggestions=lambda: PRESETS,
         ),
     ] = None
     propagate: Annotated[
@@ -146,8 +146,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
     "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
 }
-#: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
-MAX = "max"
 # Only an unstructured sparsity can be distributed over layers, if that is not done by hand.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {
     "balanced": {"allocation": "fisher"},
@@ -159,7 +157,7 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     """Put `values` on top of the options of the preset that they name, if any.
 
     Raises:
-        ValueError: The preset is unknown, or is "max", which is more than a recipe.
+        ValueError: The preset is unknown.
 
     >>> preset_options({"preset": "fast", "seed": 1})
     {'method': 'wanda', 'preset': 'fast', 'seed': 1}
@@ -169,15 +167,10 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     name = values.get("preset")
     if name is None:
         return values
-    if name == MAX:
-        raise ValueError(
-            "the preset 'max' is more than a recipe: it prunes with preset best and then trains. "
-            "Give it as prunus prune --preset max, call prunus.prune_and_recover, or choose best"
-        )
     if name not in PRESETS:
         raise ValueError(
-            f"the preset {name!r} is unknown: choose one of {', '.join((*PRESETS, MAX))}"
-            f"{did_you_mean(name, (*PRESETS, MAX))}"
+            f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}"
+            f"{did_you_mean(name, PRESETS)}"
         )
     free = values.get("pattern", "unstructured") == "unstructured" and not values.get("sparsity_of")
     return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if free else {}) | values

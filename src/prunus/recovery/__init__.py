@@ -8,5 +8,4 @@ training           the loop of steps, evaluations and checkpoints, and the loss
 checkpoints        the state of a training on disk
 recover            one recovery, and the folder of its result
 recovery_record    the file `prunus-recovery.json` beside the result
-max_preset         preset max: prune, then recover
 """

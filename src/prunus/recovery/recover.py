@@ -13,7 +13,7 @@ Tensors are stored in the dtype of the pruned checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,11 @@ class Recovering(RecordedCommand[RecoveryPlan, RecoveryRecord]):
 
     Attributes:
         teacher: Folder or hub id of the dense model, or None.
-        name: What the record calls the model; None for `model`.
     """
 
     RECIPE, KIND = RecoveryOptions, RecoveryRecord
 
     teacher: str | Path | None = None
-    name: str | None = None
 
     @classmethod
     def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> RecoveryOptions:
@@ -152,8 +150,7 @@ class Recovering(RecordedCommand[RecoveryPlan, RecoveryRecord]):
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:
         """See `plan_recovery`. The dtype follows from the device, also in a resumed run."""
-        plan = plan_recovery(self.model, self.recipe, self.options, self.teacher)
-        return plan if self.name is None else replace(plan, name=self.name)
+        return plan_recovery(self.model, self.recipe, self.options, self.teacher)
 
     def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
         """See `recovery_inputs`."""

@@ -85,13 +85,6 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
                 f"nothing: the model as it is takes {in_bytes(needs['dense'])} and fits too. "
                 "convert_hf_to_gguf.py of llama.cpp writes it"
             )
-    if (training := plan.get("training")) is not None:
-        rows["training"] = (
-            f"then {training['minutes']:g} min on {training['text']}, "
-            f"{counted(training['batch'], 'window')} of {training['seqlen']} tokens a step; "
-            f"it holds the whole model, {training['memory_bytes'] / 1e9:.2f} GB and the "
-            "activations of a step"
-        )
     return Facts("Plan", items_of(rows))
 
 

@@ -69,14 +69,13 @@ def check_folder_name(output: Path) -> None:
         )
 
 
-def is_vacant(output: Path, inside: str | None = None) -> bool:
+def is_vacant(output: Path) -> bool:
     """Whether a folder holds no result: it does not exist, or holds only what a killed run left.
 
     A killed run leaves files under their temporary names, and the lock.
 
     Args:
         output: The folder for the result.
-        inside: A further name that may be there, of the folder for an earlier step; None for none.
 
     Raises:
         FileExistsError: `output` exists and is no folder.
@@ -88,8 +87,7 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
             f"output {output} exists and is not a folder; choose another name for the result"
         )
     return not output.exists() or all(
-        path.name.endswith(TEMPORARY_SUFFIX) or path.name in (LOCK_NAME, inside)
-        for path in output.iterdir()
+        path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
     )
 
 
