@@ -81,34 +81,6 @@ def test_tables_of_the_pages_are_those_of_the_figures(plots):
         assert plots.with_tables(text, figures) == text, f"{path.name} is out of date"
 
 
-#: Sentences with the divergence of prunus's files in units of llama.cpp's, on prose and on code:
-#: page -> (model, preset, row of the figures) -> where the page states it.
-RATIOS = {
-    "CHANGELOG.md": {
-        (
-            "Qwen2.5-Coder-1.5B",
-            "Q2_K",
-            "prunus",
-        ): r"has (\d\.\d+) and (\d\.\d+) of the loss of Q2_K",
-        ("Qwen2.5-Coder-1.5B", "Q4_K_M", "prunus"): r"(\d\.\d+) and (\d\.\d+) of that of Q4_K_M",
-    },
-}
-
-
-def test_pages_state_the_ratios_of_the_figures(plots):
-    models = plots.read("proof")["models"]
-    for page, places in RATIOS.items():
-        text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
-        for (model, preset, row), pattern in places.items():
-            rows = models[model]["rows"][preset]
-            expected = [
-                f"{x['kl'] / rows['preset']['scores'][name]['kl']:.2f}"
-                for name, x in rows[row]["scores"].items()
-            ]
-            found = re.search(pattern, text)
-            assert found and list(found.groups()) == expected, (page, model, preset, row, expected)
-
-
 #: Share -> how people say it.
 WORDS = {0.25: "a quarter", 1 / 3: "a third", 0.4: "two fifths", 0.5: "half", 2 / 3: "two thirds"}
 

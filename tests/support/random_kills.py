@@ -58,7 +58,6 @@ def verbs(folder: Path) -> dict[str, Callable[[Path], object]]:
     ids = folder / "ids.safetensors"
     windows = torch.arange(96).reshape(6, 16) % 120
     given = {"calibration": windows, "batch": 2, "dtype": "float32"}
-    text_windows = {"calibration": str(text), "samples": 2, "seqlen": 16, "dtype": "float32"}
 
     def training(model: Path, mode: str) -> Callable[[Path], object]:
         return lambda out: recover(model, out, mode, text, evaluations=2, tokens=128)

@@ -236,13 +236,13 @@ def swept(dense, tmp_path_factory) -> Path:
 @pytest.fixture
 def pruned(monkeypatch) -> list[str]:
     """The names of the cells that are pruned from here on."""
-    names, carry_out = [], sweep_cells.carry_out
+    names, run_verb = [], sweep_cells.run_verb
 
     def noted(command, session):
         names.append(command.output.parent.name)
-        return carry_out(command, session)
+        return run_verb(command, session)
 
-    monkeypatch.setattr(sweep_cells, "carry_out", noted)
+    monkeypatch.setattr(sweep_cells, "run_verb", noted)
     return names
 
 
@@ -333,7 +333,7 @@ def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_
 
 def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     shutil.copytree(swept, tmp_path / "out")
-    monkeypatch.setattr(sweep_cells, "carry_out", None)
+    monkeypatch.setattr(sweep_cells, "run_verb", None)
     monkeypatch.setattr(sweep_cells, "perplexity", None)
     said: list[str] = []
     prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
@@ -371,7 +371,7 @@ def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch
         raise OSError("the disk is full")
 
     monkeypatch.setattr(sweep_cells, "perplexity", faulty)
-    monkeypatch.setattr(sweep_cells, "carry_out", None)
+    monkeypatch.setattr(sweep_cells, "run_verb", None)
     results = prunus.sweep(sweep_of(dense), tmp_path / "out")
     assert results.models["dense"].error == "the disk is full"
     assert {cell.state for cell in results.cells} == {"failed"}
@@ -593,7 +593,7 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
     def faulty(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(sweep_cells, "carry_out", faulty)
+    monkeypatch.setattr(sweep_cells, "run_verb", faulty)
     result = call("sweep", write_toml(tmp_path / "s.toml", dense), tmp_path / "out", status=1)
     assert "1 of 1 cells failed" in result.stderr
     assert "error" not in result.stderr

@@ -107,14 +107,14 @@ def _carry_out(
         command: What is done.
         title: Title of the progress bar.
         table: From the record to its table.
-        after: As for `carry_out`.
+        after: As for `run_verb`.
     """
-    from prunus.engine.run import carry_out
+    from prunus.engine.run import run_verb
     from prunus.engine.session import Session
 
     with shown_steps(show_pruning(title, progress_console()), command.output) as callbacks:
         session = Session(announce=callbacks["announce"], report=callbacks["report"])
-        record = carry_out(command, session, after)
+        record = run_verb(command, session, after=after)
     print_result(record, table(record))
     return record
 

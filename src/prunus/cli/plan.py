@@ -9,7 +9,7 @@ from typing import Any
 
 from prunus.compression.fit import plan_to_fit
 from prunus.compression.type_rounding import write_lists
-from prunus.engine.run import planned
+from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
@@ -100,9 +100,8 @@ def plan(
         one_of([*COMMANDS]).check("command", command or default)
         module, _, name = COMMANDS[command or default].partition(":")
         kind = getattr(import_module(module), name)
-        chosen = kind.read(model, recipe, given)
-        run = kind(model, output, chosen, how, **of_command)
-        plan = planned(run)
+        run = kind.of(model, output, recipe, {**work, **given}, **of_command)
+        plan = run_verb(run, plan_only=True)
     if written:
         described = plan.describe(write_lists(plan, lists[0], lists[1], progress))
     else:

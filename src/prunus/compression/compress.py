@@ -15,9 +15,10 @@ from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.output import Rounding
 from prunus.engine.result import Result
-from prunus.engine.run import Run, called
+from prunus.engine.run import Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
+from prunus.engine.session import shown_session
 from prunus.formats.codec import Codec, codec_for, size_plan_for
 from prunus.methods.method_options import MethodOptions
 from prunus.methods.work import Work
@@ -64,7 +65,9 @@ def compress(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
     options["bits"] = bits
-    return called(Compression, model, output, recipe, options, calibration, progress, announce)
+    command = Compression.of(model, output, recipe, options, calibration)
+    with shown_session("compress", progress, announce) as session:
+        return run_verb(command, session)
 
 
 @dataclass(frozen=True)

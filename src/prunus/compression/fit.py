@@ -8,7 +8,7 @@ from typing import Any
 from prunus.compression.compress import Compression
 from prunus.compression.type_rounding import size_plan_of
 from prunus.engine.linear_plan import LinearPlan
-from prunus.engine.run import planned
+from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.formats.codec import codec_for
 from prunus.formats.gguf.codec import GgufCodec, GgufPlan
@@ -53,7 +53,9 @@ def plan_to_fit(
         raise ValueError(f"`fits` plans a GGUF file: give {output} a name that ends in .gguf")
 
     def planned_file(recipe: CompressionRecipe) -> LinearPlan:
-        return planned(Compression(model, output, recipe, options, GgufCodec))
+        command = Compression(model, output, recipe, options, GgufCodec)
+        plan: LinearPlan = run_verb(command, plan_only=True)
+        return plan
 
     plan = planned_file(chosen)
     shape = plan.checkpoint.config.get_text_config().to_dict()

@@ -30,7 +30,7 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.open_model import agreed_walks
 from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
-from prunus.engine.run import Run, WindowsCommand
+from prunus.engine.run import Command, Run
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
 from prunus.kernels.library import missing_words
@@ -47,8 +47,8 @@ _Record = TypeVar("_Record", bound=LinearsRecord)
 
 
 @dataclass(frozen=True)
-class LinearCommand(WindowsCommand[LinearPlan, _Record]):
-    """A command that changes the linears of a model; see `WindowsCommand`."""
+class LinearCommand(Command[LinearPlan, _Record]):
+    """A command that changes the linears of a model; see `Command`."""
 
     @abstractmethod
     def step(self) -> LinearStep:

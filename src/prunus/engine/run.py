@@ -1,28 +1,30 @@
-"""The story of one run, for every command that writes a model.
+"""The story of one run, told once, for every command that writes a model.
 
-    hold ► earlier run? ► plan ► room ► WORK ► close
-                                         │
-      inputs ► record ► finished? ► prepare ► begin ► CHANGE
+    read ► hold ► earlier run? ► plan ► room ► WORK ► close
+                                                │
+            inputs ► record ► finished? ► prepare ► begin ► CHANGE
 
-`carry_out` tells this story from top to bottom. A `Command` says what its plan and its work are, as
-import does. The second line is the work of a `RecordedCommand`, whose record lets a killed run
-continue: `recovery/recover.py` has that of recover. A `WindowsCommand` takes calibration windows
-through the blocks: `linear_run.py` has that of prune and compress, `structure/shrink.py` that of
-shrink. If torchrun started several processes, all do the same work, each on its share of the
-windows, and rank 0 writes.
+`Command.of` reads what a caller gives: a function of Python, the command line, `plan` or a sweep.
+`run_verb` tells the first line from top to bottom, and `Command.work` the second, whose record lets
+a killed run continue. A command says what its plan is and how it changes the model:
+`linear_run.py` has what prune and compress share, `structure/shrink.py` shrink, and
+`recovery/recover.py` recover. An import keeps no record, and has work of its own. If torchrun
+started several processes, all do the same work, each on its share of the windows, and rank 0
+writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.distributed import fail_together, on_rank_0, process_group
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
@@ -31,185 +33,12 @@ from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunInputs
 from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
-from prunus.engine.session import SILENT, Session, shown_session
+from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import keep_freed_memory, peak_memory, return_freed_memory
 from prunus.options import Options
 
 _Plan = TypeVar("_Plan", bound=Any)
 _Record = TypeVar("_Record", bound=Any)
-
-
-@dataclass(frozen=True)
-class Command(ABC, Generic[_Plan, _Record]):
-    """What a command says to `carry_out`.
-
-    Attributes:
-        RECIPE: The class of its recipe.
-        KIND: The class of its record.
-        RESULT: The class of its result.
-        model: A checkpoint folder, a hub id, or a loaded model.
-        output: The result as the user names it; None changes a loaded model in place, and leaves
-            the checks of the output out of a plan.
-        recipe: The options that decide the bytes of the result.
-        options: The options that only decide how the work is done.
-    """
-
-    RECIPE: ClassVar[type[Options]]
-    KIND: ClassVar[type[Any]]
-    RESULT: ClassVar[type[Result[Any]]] = Result
-
-    model: Any
-    output: Path | None
-    recipe: Any
-    options: RunOptions
-
-    @classmethod
-    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
-        """The recipe: that of a file or an object, with the options that were given on top."""
-        return cls.RECIPE.read(recipe, given)
-
-    @property
-    def result(self) -> Result[Any] | None:
-        """Where the result is written; None for nowhere."""
-        return None if self.output is None else self.RESULT(self.output, self.KIND)
-
-    @property
-    def model_name(self) -> str:
-        """The model as the user named it; the class name of a loaded model, as in a plan."""
-        return type(self.model).__name__ if isinstance(self.model, nn.Module) else str(self.model)
-
-    @abstractmethod
-    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
-        """Check all that needs neither weights nor text, and decide what the recipe leaves open.
-
-        The plan has `disk_bytes()`, the bytes that the run needs on the disk, and `describe()`, the
-        plan as JSON values.
-
-        Args:
-            session: Who hears of the checks.
-            decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
-        """
-
-    def forecast(self, plan: _Plan) -> float | None:
-        """Seconds that the work takes, without its plan; None if that is unknown."""
-        return None
-
-    @abstractmethod
-    def work(
-        self, plan: _Plan, session: Session, earlier: _Record | None, started: float
-    ) -> _Record:
-        """Do the work while no other run can use the result, and return the record.
-
-        Args:
-            plan: The plan of the run.
-            session: Who hears of the steps.
-            earlier: The record of the run to go on with, or of a finished one; None for a new run.
-            started: When the run began, on the clock of `time.perf_counter`.
-        """
-
-
-def carry_out(
-    command: Command[_Plan, _Record],
-    session: Session,
-    after: Callable[[_Record, Session], None] | None = None,
-) -> _Record:
-    """Carry out a command, and return the record of the run.
-
-    Args:
-        command: What is done.
-        session: Who hears of the progress. All processes that torchrun started join it.
-        after: Called on all processes with the record of the finished result, which it may extend,
-            before any other run may change the result; None for nothing.
-
-    Raises:
-        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
-            work where possible; says what was given, what is wrong and what to do.
-        RankError: Under torchrun, another process was lost or failed; names it.
-    """
-    options, result = command.options, command.result
-    with process_group(options.rank_timeout):
-        if result is None:
-            return carry_out_held(command, session)
-
-        def find() -> Any:
-            return result.earlier(command.model_name, command.recipe, options)
-
-        result.check(command.model_name)
-        # What the folder holds decides what is done: from here on no other run may change it.
-        with held(command.KIND, result.folder, find) as earlier:
-            if earlier is not None and result.is_complete(earlier):
-                record = earlier
-            else:
-                record = carry_out_held(command, session, earlier)
-            if after is not None:
-                after(record, session)
-            on_rank_0(result.close)
-            return record
-
-
-def carry_out_held(
-    command: Command[_Plan, _Record], session: Session, earlier: _Record | None = None
-) -> _Record:
-    """Carry out a command whose result this run holds, and go on with an `earlier` run."""
-    started, result = time.perf_counter(), command.result
-    with fail_together():
-        # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
-        inputs: Any = getattr(earlier, "inputs", None)
-        plan = command.plan(session, inputs and inputs.dtype)
-    if result is not None:
-        on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
-    record = command.work(plan, session, earlier, started)
-    if result is None:
-        return record
-    # Rank 0 has written, so the others take its record.
-    dumped = on_rank_0(lambda: record.model_dump(mode="json"))
-    done: _Record = command.KIND.model_validate(dumped)
-    return done
-
-
-def planned(command: Command[_Plan, Any]) -> _Plan:
-    """The plan that `carry_out` would carry out; nothing is written.
-
-    Without a result, the checks of it are left out. The errors are those of `carry_out`.
-    """
-    result = command.result
-    if result is None:
-        return command.plan()
-    result.check(command.model_name)
-    result.earlier(command.model_name, command.recipe, command.options)
-    plan = command.plan()
-    check_room(plan.disk_bytes(), result.folder)
-    return plan
-
-
-def called(
-    kind: type[Command[Any, _Record]],
-    model: Any,
-    output: str | Path | None,
-    recipe: Any,
-    options: dict[str, Any],
-    calibration: Any,
-    progress: Callable[..., None] | bool | None,
-    announce: Callable[[Any], None] | None,
-) -> _Record:
-    """Carry out a command that a function of Python was called for, and show its progress.
-
-    Args:
-        kind: The command.
-        model: The model.
-        output: The result; None changes a loaded model.
-        recipe: A recipe, or a TOML file with any of its options.
-        options: Options of the recipe and of the run, by name.
-        calibration: Where the windows come from; see `given_windows`.
-        progress: As for `shown_session`.
-        announce: As for `shown_session`.
-    """
-    work, given = RunOptions.pick(options)
-    data, described = given_windows(calibration)
-    chosen = kind.read(model, recipe, given | described)
-    out, how = None if output is None else Path(output), RunOptions(**work, **data)
-    with shown_session(kind.KIND.COMMAND.split()[-1], progress, announce) as session:
-        return carry_out(kind(model, out, chosen, how), session)
 
 
 @dataclass(frozen=True)
@@ -249,32 +78,135 @@ class Run(Generic[_Plan, _Record]):
         return totals
 
 
-class RecordedCommand(Command[_Plan, _Record]):
-    """A command that keeps a record beside its result, from which a killed run continues.
+@dataclass(frozen=True)
+class Command(ABC, Generic[_Plan, _Record]):
+    """What a command says to `run_verb`.
 
-    Its plan is an `OpenModel` with decisions, and its record a `RunRecord`.
+    Its plan is an `OpenModel` with decisions, its record a `RunRecord`; those of an import are
+    simpler.
+
+    Attributes:
+        RECIPE: The class of its recipe.
+        KIND: The class of its record.
+        RESULT: The class of its result.
+        model: A checkpoint folder, a hub id, or a loaded model.
+        output: The result as the user names it; None changes a loaded model in place, and leaves
+            the checks of the output out of a plan.
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
     """
 
-    @abstractmethod
-    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Any]:
-        """Read the text of a run: what decides the result beside the recipe, and `Run.windows`."""
+    RECIPE: ClassVar[type[Options]]
+    KIND: ClassVar[type[Any]]
+    RESULT: ClassVar[type[Result[Any]]] = Result
+
+    model: Any
+    output: Path | None
+    recipe: Any
+    options: RunOptions
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        output: str | Path | None,
+        recipe: Any,
+        options: Mapping[str, Any],
+        calibration: Any = None,
+        **fields: Any,
+    ) -> Self:
+        """The command that a caller asks for.
+
+        Args:
+            model: The model.
+            output: The result; None changes a loaded model.
+            recipe: A recipe, or a TOML file with any of its options; None for the defaults.
+            options: Options of the recipe and of the run, by name. None leaves an option as it is.
+            calibration: Where the windows come from; see `given_windows`. None leaves it to the
+                recipe.
+            **fields: Further fields of the command, such as the teacher of recover.
+
+        Raises:
+            ValueError, FileNotFoundError: An option is unknown or out of range, or options do not
+                fit together, or the file cannot be read.
+        """
+        work, given = RunOptions.pick(options)
+        data, described = ({}, {}) if calibration is None else given_windows(calibration)
+        chosen = cls.read(model, recipe, given | described)
+        out = None if output is None else Path(output)
+        return cls(model, out, chosen, RunOptions.read(None, {**work, **data}), **fields)
+
+    @classmethod
+    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
+        """The recipe: that of a file or an object, with the options that were given on top."""
+        return cls.RECIPE.read(recipe, given)
+
+    @property
+    def result(self) -> Result[Any] | None:
+        """Where the result is written; None for nowhere."""
+        return None if self.output is None else self.RESULT(self.output, self.KIND)
+
+    @property
+    def model_name(self) -> str:
+        """The model as the user named it; the class name of a loaded model, as in a plan."""
+        return type(self.model).__name__ if isinstance(self.model, nn.Module) else str(self.model)
 
     @abstractmethod
+    def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> _Plan:
+        """Check all that needs neither weights nor text, and decide what the recipe leaves open.
+
+        The plan has `disk_bytes()`, the bytes that the run needs on the disk, and `describe()`, the
+        plan as JSON values.
+
+        Args:
+            session: Who hears of the checks.
+            decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
+        """
+
+    def forecast(self, plan: _Plan) -> float | None:
+        """Seconds that the work takes, without its plan; None if that is unknown."""
+        return None
+
+    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Any]:
+        """Read the text of a run: what decides the result beside the recipe, and `Run.windows`.
+
+        Here these are calibration windows, which run through the model block by block.
+        """
+        if plan.keeps_freed_memory:
+            keep_freed_memory()
+        if plan.needs_inputs:
+            session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
+        windows = calibration_windows(plan)
+        return run_inputs(plan, windows), windows.ids
+
     def fields(self, plan: _Plan) -> dict[str, Any]:
         """The fields of a new record beside its source, its recipe and its inputs."""
+        return {}
 
     def prepare(self, run: Run[_Plan, _Record]) -> Any:
         """Do what can fail before anything is written, and return what `change` needs of it."""
 
-    @abstractmethod
     def change(self, run: Run[_Plan, _Record], prepared: Any) -> None:
-        """Change the model, and complete the result."""
+        """Change the model, and complete the result. A command with a `work` of its own has none.
+
+        Args:
+            run: The run.
+            prepared: What `prepare` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} changes no model")
 
     def work(
         self, plan: _Plan, session: Session, earlier: _Record | None, started: float
     ) -> _Record:
-        """Go on with the earlier run, or start one; see `Command.work`."""
-        result, options = self.result, self.options
+        """Go on with the earlier run, or start one, while no other run can use the result.
+
+        Args:
+            plan: The plan of the run.
+            session: Who hears of the steps.
+            earlier: The record of the run to go on with, or of a finished one; None for a new run.
+            started: When the run began, on the clock of `time.perf_counter`.
+        """
+        result = self.result
         fields = {"source": plan.name, **self.fields(plan)}
         with fail_together():
             inputs, windows = self.inputs(plan, session)
@@ -291,24 +223,69 @@ class RecordedCommand(Command[_Plan, _Record]):
         run = Run(plan, session, windows, record, started, folder)
         prepared = self.prepare(run)
         if folder is not None:
-            record.forget_missing({*on_rank_0(lambda: folder.begin(options.overwrite))})
+            record.forget_missing({*on_rank_0(lambda: folder.begin(self.options.overwrite))})
         self.change(run, prepared)
         # Only now: the embedding and the head, rounded after the last block, use the pages again.
         return_freed_memory()
         return record
 
 
-class WindowsCommand(RecordedCommand[_Plan, _Record]):
-    """A command that takes calibration windows through a model block by block.
+def run_verb(
+    command: Command[_Plan, _Record],
+    session: Session = SILENT,
+    *,
+    plan_only: bool = False,
+    after: Callable[[_Record, Session], None] | None = None,
+) -> Any:
+    """Carry out a command, and return the record of the run; or make its plan, and return that.
 
-    Its plan is a `RunPlan`, and its record a `BlockwiseRecord`.
+    Args:
+        command: What is done.
+        session: Who hears of the progress. All processes that torchrun started join it.
+        plan_only: Whether to end with the plan; nothing is written. Without a result its checks are
+            left out. The errors are those of the run.
+        after: Called on all processes with the record of the finished result, which it may extend,
+            before any other run may change the result; None for nothing.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
+        RankError: Under torchrun, another process was lost or failed; names it.
     """
+    options, result, earlier = command.options, command.result, None
 
-    def inputs(self, plan: _Plan, session: Session) -> tuple[RunInputs, Tensor]:
-        """Draw the calibration windows; see `RecordedCommand.inputs`."""
-        if plan.keeps_freed_memory:
-            keep_freed_memory()
-        if plan.needs_inputs:
-            session.tell(f"drawing calibration windows from {plan.recipe.calibration}")
-        windows = calibration_windows(plan)
-        return run_inputs(plan, windows), windows.ids
+    def find() -> Any:
+        assert result is not None
+        return result.earlier(command.model_name, command.recipe, options)
+
+    with contextlib.ExitStack() as stack:
+        if not plan_only:
+            stack.enter_context(process_group(options.rank_timeout))
+        if result is not None:
+            result.check(command.model_name)
+            if plan_only:
+                find()
+            else:
+                # What the folder holds decides what is done: from here on no other run changes it.
+                earlier = stack.enter_context(held(command.KIND, result.folder, find))
+        record: Any = earlier
+        if result is None or earlier is None or not result.is_complete(earlier):
+            started = time.perf_counter()
+            with fail_together():
+                # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
+                inputs: Any = getattr(earlier, "inputs", None)
+                plan = command.plan(session, inputs and inputs.dtype)
+            if result is not None:
+                on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
+            if plan_only:
+                return plan
+            record = command.work(plan, session, earlier, started)
+            if result is not None:
+                # Rank 0 has written, so the others take its record.
+                dumped = on_rank_0(lambda: record.model_dump(mode="json"))
+                record = command.KIND.model_validate(dumped)
+        if result is not None:
+            if after is not None:
+                after(record, session)
+            on_rank_0(result.close)
+        return record

@@ -28,7 +28,7 @@ _TOKENS = 8192
 def prepared_check(
     model: str, output: Path, recipe: CompressionRecipe, options: RunOptions
 ) -> Callable[[CompressionRecord, Session], None]:
-    """What scores the result of a run at its end, for `after` of `carry_out`.
+    """What scores the result of a run at its end, for `after` of `run_verb`.
 
     Both texts are read now, so that a run does not end without them.
 

@@ -12,9 +12,10 @@ from torch import nn
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
 from prunus.engine.linear_run import LinearCommand
-from prunus.engine.run import called
+from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
+from prunus.engine.session import shown_session
 from prunus.methods.own_code import GIVEN
 from prunus.methods.table import Method
 from prunus.model.kinds import kind_of
@@ -83,7 +84,9 @@ def prune(
         options["own_allocation"] = own
         options["allocation"] = f"{GIVEN}{getattr(own, '__name__', type(own).__name__)}"
     options |= {"method": method, "sparsity": sparsity}
-    return called(Pruning, model, output, recipe, options, calibration, progress, announce)
+    command = Pruning.of(model, output, recipe, options, calibration)
+    with shown_session("prune", progress, announce) as session:
+        return run_verb(command, session)
 
 
 class PlainTensors(Storage):

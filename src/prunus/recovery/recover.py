@@ -24,7 +24,7 @@ from prunus.distributed import fail_together, is_rank_0, on_rank_0, process_grou
 from prunus.engine.folder import ResultFolder
 from prunus.engine.progress import Shown, shows_progress
 from prunus.engine.result import Result
-from prunus.engine.run import RecordedCommand, Run, carry_out
+from prunus.engine.run import Command, Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import (
     bos_words,
@@ -103,15 +103,15 @@ def recover(
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
     session = Session(report=progress if callable(progress) else None)
-    work, given = RunOptions.pick(options)
+    work, _ = RunOptions.pick(options)
     for name in _NOT_TAKEN:
         if work.get(name):
             raise ValueError(f"prunus recover has no option `{name}`; leave it out")
     how = RunOptions.read(None, work)
     with process_group(how.rank_timeout):
         with fail_together():
-            recipe = Recovering.read(model, None, given | {"mode": mode})
-        return carry_out(Recovering(model, Path(output), recipe, how, teacher), session)
+            command = Recovering.of(model, output, None, options | {"mode": mode}, teacher=teacher)
+        return run_verb(command, session)
 
 
 class RecoveryResult(Result[RecoveryRecord]):
@@ -125,7 +125,7 @@ class RecoveryResult(Result[RecoveryRecord]):
 
 
 @dataclass(frozen=True)
-class Recovering(RecordedCommand[RecoveryPlan, RecoveryRecord]):
+class Recovering(Command[RecoveryPlan, RecoveryRecord]):
     """The command recover, as the engine knows it.
 
     Attributes:

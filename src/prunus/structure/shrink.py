@@ -24,10 +24,10 @@ from prunus.distributed import on_rank_0
 from prunus.engine.folder import BlockFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.open_model import agreed_walks
-from prunus.engine.run import Run, WindowsCommand, called
+from prunus.engine.run import Command, Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT, Session, shown_session
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
@@ -67,10 +67,12 @@ def shrink(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
     """
-    return called(Shrinking, model, output, recipe, options, calibration, progress, announce)
+    command = Shrinking.of(model, output, recipe, options, calibration)
+    with shown_session("shrink", progress, announce) as session:
+        return run_verb(command, session)
 
 
-class Shrinking(WindowsCommand[StructurePlan, StructureRecord]):
+class Shrinking(Command[StructurePlan, StructureRecord]):
     """The command shrink, as the engine knows it."""
 
     RECIPE, KIND = StructureRecipe, StructureRecord

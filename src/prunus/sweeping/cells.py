@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.progress import LineInterval, Progress
-from prunus.engine.run import carry_out
+from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import Session
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
@@ -143,7 +143,7 @@ class Runner:
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
         command = Pruning(Path(model.path), weights, cell.recipe, self.options)
-        manifest = carry_out(command, Session(report=report_block))
+        manifest = run_verb(command, Session(report=report_block))
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
             cell.pruning = manifest.summary()

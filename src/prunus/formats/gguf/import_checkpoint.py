@@ -21,7 +21,7 @@ from pydantic import RootModel
 
 from prunus.distributed import on_rank_0
 from prunus.engine.result import Result
-from prunus.engine.run import Command, carry_out
+from prunus.engine.run import Command, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT, Session
 from prunus.formats.gguf.card import imported_card
@@ -138,7 +138,8 @@ def import_gguf(
     """
     recipe, options = ImportOptions(dtype=dtype), RunOptions(overwrite=overwrite)
     command = Importing(Path(path), Path(dest), recipe, options)
-    return carry_out(command, Session(announce=progress)).root
+    figures: dict[str, Any] = run_verb(command, Session(announce=progress)).root
+    return figures
 
 
 def unpack_gguf(
