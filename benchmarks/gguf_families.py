@@ -55,13 +55,31 @@ CONTEXT, CHUNKS = 64, 2
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
 HEADS: dict[str, Any] = {"head_dim": 64}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64}
+#: Ways to scale the rotary embedding. Half of a text of CONTEXT tokens is longer than the original.
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT // 2,
+    "rope_theta": 1e4,
+}  # fmt: skip
 PLAIN = [
     "llama", "qwen2", "olmo", "olmo2", "granite", "stablelm", "starcoder2", "cohere", "arcee",
     "lfm2", "mixtral", "granitemoe", "granitemoeshared", "falcon_h1", "mamba", "bloom",
 ]  # fmt: skip
 WITH_HEADS = ["qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hunyuan_v1_dense"]
-#: Family -> options, and options of the converter. Not here are families whose converter wants a
-#: tokenizer of their own.
+GEMMA3: dict[str, Any] = HEADS | {"query_pre_attn_scalar": 64}
+#: Known families whose rotary embedding may be scaled.
+SCALED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mixtral": HEADS,
+    "qwen2": {},
+    "qwen3": HEADS,
+    "qwen2_moe": HEADS | EXPERTS,
+    "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+}
+#: Family -> options, and options of the converter. What follows + in a name is the variant of the
+#: family. Not here are families whose converter wants a tokenizer of their own.
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     **dict.fromkeys(PLAIN, ({}, [])),
     **dict.fromkeys(WITH_HEADS, (HEADS, [])),
@@ -70,9 +88,28 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # llama.cpp attends to all tokens in Mistral, and to near ones in five of six blocks of Gemma 3.
     "mistral": ({"sliding_window": None}, []),
     "gemma3_text": (
-        HEADS | {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 64},
+        GEMMA3 | {"layer_types": ["sliding_attention"] * 2},
         [],
     ),
+    # As Gemma 3 4B to 27B: only blocks that see all tokens are scaled. The converter does not write
+    # which blocks these are.
+    "gemma3_text+linear": (
+        GEMMA3
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+        [],
+    ),
+    **{
+        f"{family}+{scaling['rope_type']}": (own | {"rope_parameters": dict(scaling)}, [])
+        for family, own in SCALED.items()
+        for scaling in (LINEAR, YARN)
+    },
     "exaone4": (HEADS | {"sliding_window": None, "layer_types": ["full_attention"] * 2}, []),
     "phi": ({"num_key_value_heads": 4, "intermediate_size": 1024}, []),
     "olmoe": ({"num_key_value_heads": 4}, []),
@@ -86,7 +123,9 @@ TEXT = "The river runs through seven towns, and in each of them a bridge was bui
 def checkpoint(family: str, options: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """A tiny random model in bfloat16 with the tokenizer."""
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    model = tiny_model(family, vocab_size=len(tokenizer), **{**WIDE, **ids, **options})
+    model = tiny_model(
+        family.partition("+")[0], vocab_size=len(tokenizer), **{**WIDE, **ids, **options}
+    )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
