@@ -11,10 +11,11 @@ these steps:
     OUT.gguf's weights, put back into the checkpoint ─► log-probabilities of transformers
     OUT.gguf, as transformers itself and as `prunus import` read it ─► log-probabilities
 
-llama.cpp and the weights must agree: the KL divergence is less than 3 % of the one to the model
-whose matrices are upside down. llama.cpp rounds activations, so that routers with random weights
-choose other experts now and then. Random weights show whether every number is in its place, and
-nothing of quality. What reads no OUT.gguf is in the table with what it said.
+llama.cpp and the weights must agree: the KL divergence is less than 3 % of the one to a wrong
+model. That has its matrices upside down; where the rotary embedding is scaled, it has the same
+matrices and no scaling. llama.cpp rounds activations, so that routers with random weights choose
+other experts now and then. Random weights show whether every number is in its place, and nothing of
+quality. What reads no OUT.gguf is in the table with what it said.
 
 --tokenizer (or PRUNUS_TOKENIZER) is a folder with a tokenizer of merged bytes, such as one that
 benchmarks/small_llama.py trained. --llama-cpp is a folder with llama.cpp, built; without it,
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from proof import CONVERT, build_llama_cpp, run
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.formats.gguf.file import GgufFile
@@ -123,9 +124,15 @@ TEXT = "The river runs through seven towns, and in each of them a bridge was bui
 def checkpoint(family: str, options: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """A tiny random model in bfloat16 with the tokenizer."""
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    model = tiny_model(
-        family.partition("+")[0], vocab_size=len(tokenizer), **{**WIDE, **ids, **options}
-    )
+    settings = {**WIDE, **ids, **options}
+    kind, _, scaling = family.partition("+")
+    model = tiny_model(kind, vocab_size=len(tokenizer), **settings)
+    for name, parameter in model.named_parameters() if scaling else ():
+        # Sharp attention shows where positions are.
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data += 1.5
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 6
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -176,9 +183,18 @@ def of_llama_cpp(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def of_transformers(
-    folder: Path, tokens: torch.Tensor, *, flipped: bool = False, **options: str
+    folder: Path,
+    tokens: torch.Tensor,
+    *,
+    flipped: bool = False,
+    unscaled: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
     """The log-probabilities of the same positions."""
+    if unscaled:
+        options["config"] = AutoConfig.from_pretrained(folder)
+        rope = options["config"].rope_parameters
+        rope.get("full_attention", rope)["rope_type"] = "default"
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **options
     ).eval()
@@ -230,11 +246,12 @@ def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, A
     restored(folder, full, out, work / "restored")
     tokens, ours = of_llama_cpp(work / "logits")
     theirs = of_transformers(work / "restored", tokens)
-    wrong = of_transformers(work / "restored", tokens, flipped=True)
+    is_scaled = "+" in family
+    wrong = of_transformers(work / "restored", tokens, flipped=not is_scaled, unscaled=is_scaled)
     file = GgufFile.open(out)
     return {
         "kl": divergence(theirs, ours),
-        "kl_upside_down": divergence(theirs, wrong),
+        "kl_wrong": divergence(theirs, wrong),
         "same_top": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
         "bits_in_blocks": file.block_bits,
         "linears": len(record.types),
@@ -264,8 +281,8 @@ def main() -> None:
         work.mkdir()
         try:
             result = measure(family, llama, work, tokenizer)
-            passed = result["kl"] < 0.03 * result["kl_upside_down"]
-            words = f"{result['kl']:.1e} of {result['kl_upside_down']:.1e}, {result['read_back']}"
+            passed = result["kl"] < 0.03 * result["kl_wrong"]
+            words = f"{result['kl']:.1e} of {result['kl_wrong']:.1e}, {result['read_back']}"
         except Exception as fault:  # of the converter, of llama.cpp, or of the run
             passed, words = False, f"{type(fault).__name__}: {fault}".splitlines()[0][:300]
             result = {"failed": words}

@@ -59,7 +59,7 @@ class SomeOf:
         return isinstance(value, list) and self.kind in value
 
     def __str__(self) -> str:
-        return f"at least one {self.kind}"
+        return f"at least one {self.kind}, without which it stops"
 
 
 #: The values of an option that a program computes with, or how they follow from other options.
