@@ -10,7 +10,7 @@ export PRUNUS_SHARED ?= ../shared
 # Tests start many interpreters, and each of them would compile all modules, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check hostile cuda docs sanitize wheel-test start-test vllm-test gguf-test \
+.PHONY: demo test check size hostile cuda docs sanitize wheel-test start-test vllm-test gguf-test \
 	install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
@@ -31,6 +31,10 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+# Statements, lines of C++ and words of pages by room, beside the last release.
+size: $(STAMP)
+	$(BIN)/python benchmarks/size.py
 
 # On a machine with a CUDA device: the tests that need one, then a table of what runs take there.
 cuda: $(STAMP)

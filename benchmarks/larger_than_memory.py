@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunus.hardware.words import parse_bytes
+from prunus.words import parse_bytes
 
 GROUP = f"prunus-larger-than-memory-{os.getpid()}"
 # The process of a command: first its imports, which read the disk too, then the command, then its
@@ -37,7 +37,7 @@ import torch
 torch.set_num_threads(int(sys.argv[2]))
 import transformers.models.auto.modeling_auto
 import prunus.evaluation, prunus.pruning.prune, prunus.recovery
-from prunus.cli import app
+from prunus.cli.program import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
 def io():

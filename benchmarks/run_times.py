@@ -145,7 +145,7 @@ class Parts(TorchDispatchMode):
 
     def run(self, figures: Path, command: list[str], counts: bool) -> None:
         """Run a command in this process, and write the figures; `counts` counts operations too."""
-        from prunus.cli import app
+        from prunus.cli.program import app
 
         for part, functions in PARTS.items():
             for module, _, name in (function.partition(":") for function in functions):

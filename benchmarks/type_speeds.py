@@ -30,7 +30,7 @@ from prunus.formats.gguf.file import GgufFile, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.machine import describe_hardware
-from prunus.methods.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_in_groups
 
 ROWS = 16
 PROMPT, TOKENS = 128, 32

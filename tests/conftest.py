@@ -141,7 +141,7 @@ def short_python_texts() -> Iterator[None]:
 @pytest.fixture
 def exact_products(monkeypatch) -> None:
     """Measurements of loss keep products in float32, whatever the processor has."""
-    from prunus.engine import loss_sensitivity
+    from prunus.rounding import loss_sensitivity
 
     monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
 

@@ -21,25 +21,28 @@ report       show runs, sweeps and evaluations as tables and pages
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# This enters the formats where models are opened.
+from prunus.formats import table as _table  # noqa: F401
+
 if TYPE_CHECKING:
+    from prunus.cli.plan import plan
     from prunus.compression.compress import compress
-    from prunus.engine.input_statistics import statistics
-    from prunus.engine.masks import masks
     from prunus.evaluation.eval_records import PerplexityResult, TaskResults, compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
     from prunus.evaluation.task_runner import evaluate
-    from prunus.formats.compression_recipe import CompressionRecipe
-    from prunus.formats.compression_record import CompressionRecord
     from prunus.model.loading import LoadedModel, load
-    from prunus.planning.plan import plan
+    from prunus.pruning.input_statistics import statistics
     from prunus.pruning.manifest import Manifest
+    from prunus.pruning.masks import masks
     from prunus.pruning.prune import prune
     from prunus.pruning.recipe import Recipe
     from prunus.recovery.max_preset import prune_and_recover
     from prunus.recovery.recover import recover
     from prunus.recovery.recovery_record import RecoveryRecord
     from prunus.reporting.write import report
+    from prunus.rounding.compression_recipe import CompressionRecipe
+    from prunus.rounding.compression_record import CompressionRecord
     from prunus.structure.shrink import shrink
     from prunus.structure.structure_record import StructureRecipe, StructureRecord
     from prunus.sweeping.sweep import sweep
@@ -81,8 +84,8 @@ __all__ = [
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
 # name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
-    "CompressionRecipe": "prunus.formats.compression_recipe",
-    "CompressionRecord": "prunus.formats.compression_record",
+    "CompressionRecipe": "prunus.rounding.compression_recipe",
+    "CompressionRecord": "prunus.rounding.compression_record",
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.loading",
     "Manifest": "prunus.pruning.manifest",
@@ -97,16 +100,16 @@ _HOMES = {
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
-    "masks": "prunus.engine.masks",
+    "masks": "prunus.pruning.masks",
     "perplexities": "prunus.evaluation.perplexity",
     "perplexity": "prunus.evaluation.perplexity",
-    "plan": "prunus.planning.plan",
+    "plan": "prunus.cli.plan",
     "prune": "prunus.pruning.prune",
     "prune_and_recover": "prunus.recovery.max_preset",
     "recover": "prunus.recovery.recover",
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.shrink",
-    "statistics": "prunus.engine.input_statistics",
+    "statistics": "prunus.pruning.input_statistics",
     "sweep": "prunus.sweeping.sweep",
 }
 

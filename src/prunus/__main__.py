@@ -1,5 +1,5 @@
 """`python -m prunus` is the `prunus` command."""
 
-from prunus.cli import main
+from prunus.cli.program import main
 
 main()

@@ -22,16 +22,17 @@ from safetensors.torch import save_file
 import prunus
 from command_line import PROGRAM, call
 from processors import processor_threads
-from prunus.cli import app, terminal
+from prunus.cli import terminal
+from prunus.cli.program import app
 from prunus.cli.terminal import command, log, print_result
+from prunus.document import Column, Document, Facts, Section, Table
 from prunus.engine import linear_plan, open_model, run_plan
-from prunus.engine.document import Column, Document, Facts, Section, Table
-from prunus.engine.linear_plan import plan_run
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation import generation
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.training import Step
 from prunus.reporting.console import (
@@ -163,7 +164,7 @@ def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
 
     def planned(memory: int) -> dict[str, Any]:
         options = RunOptions(calibration_data=token_ids(6, 64), memory=memory)
-        return plan_run(dense, recipe, options).describe()
+        return Pruning(dense, None, recipe, options).plan().describe()
 
     described = planned(10**9)
     least, most = described["least_memory_bytes"], described["peak_memory_bytes"]

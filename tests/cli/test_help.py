@@ -17,9 +17,9 @@ from pydantic_core import PydanticUndefined
 import prunus
 from command_line import PROGRAM, call
 from prunus.engine.run_options import RunOptions
-from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
+from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
 
 VERBS = [
@@ -97,7 +97,7 @@ def test_help_of_every_verb_is_quick():
     script = f"""
 import sys
 from typer.testing import CliRunner
-from prunus.cli import app
+from prunus.cli.program import app
 import prunus.cli.flags, prunus.cli.terminal
 for verb in {[[], *[[verb] for verb in VERBS]]}:
     for flag in ("--help", "-h") if verb in ([], ["prune"]) else ["--help"]:
@@ -195,7 +195,7 @@ def shell(request, tmp_path, monkeypatch) -> str:
     source = Path(prunus.__file__).parents[1]
     program.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(source)!r})\n"
-        "from prunus.cli import main\nmain()\n"
+        "from prunus.cli.program import main\nmain()\n"
     )
     program.chmod(0o755)
     (tmp_path / "dense-folder").mkdir()

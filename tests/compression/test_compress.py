@@ -16,12 +16,9 @@ import prunus
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus.compression.compress import Compression
-from prunus.engine.loss_sensitivity import measuring_memory
 from prunus.engine.memory_plan import BlockMemory, Memory
 from prunus.engine.result import MEASUREMENT
 from prunus.engine.run_options import RunOptions
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CompressionRecord
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.loading import load_model
@@ -30,6 +27,9 @@ from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_facts
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.loss_sensitivity import measuring_memory
 from refusals import assert_refused
 from scripts import run_script
 from stopping import assert_all_resumed, interrupt
@@ -95,7 +95,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr(
-        "prunus.engine.loss_sensitivity.measuring_memory", lambda plan, quantizes: needed
+        "prunus.rounding.loss_sensitivity.measuring_memory", lambda plan, quantizes: needed
     )
     command = Compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     assert_refused(ValueError, "measuring how the loss depends on each linear needs", command.plan)

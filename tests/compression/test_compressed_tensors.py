@@ -17,11 +17,11 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
 from prunus.formats.compressed_tensors import TensorsCodec, fp4_type, integer_type
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CompressionRecord
-from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.group_fits import round_in_groups
 from refusals import assert_refused
 from tiny import shards, stored, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

@@ -23,9 +23,8 @@ pytest.importorskip("accelerate")
 import prunus
 from command_line import call
 from gguf_cases import compress, gguf_checkpoint, shape
-from prunus.compression.rounding import type_losses
+from prunus.compression.type_rounding import type_losses
 from prunus.engine.block import change_block
-from prunus.engine.loss_sensitivity import LinearSensitivity
 from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.generation import generate
@@ -36,10 +35,11 @@ from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.gguf.result import read_record
 from prunus.formats.gguf.types import TYPES
-from prunus.formats.type_choice import Choice, choose_types
-from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.files import move_file
+from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.loss_sensitivity import LinearSensitivity
+from prunus.rounding.type_choice import Choice, choose_types
 from refusals import assert_refused
 from scripts import run_script
 from sensitivity_cases import IDS, whole_model
@@ -840,7 +840,7 @@ def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
 
 
 def test_lists_that_cannot_be_written_are_refused_before_any_work(small, monkeypatch, tmp_path):
-    monkeypatch.setattr("prunus.compression.rounding.measure_loss", None)
+    monkeypatch.setattr("prunus.compression.type_rounding.measure_loss", None)
     (tmp_path / "mine.txt").write_text("years of work")
     compress(small, tmp_path / "model.gguf", type="Q8_0")
     (tmp_path / "link").symlink_to("nowhere")

@@ -14,12 +14,12 @@ from prunus.compression.compress import Compression
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
 from prunus.evaluation.inspection import stored_size
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.mlx import FAMILIES, affine_type, dense_weight
-from prunus.methods.group_fits import round_in_groups
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.loading import load_model
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.group_fits import round_in_groups
 from tiny import ids_file, shards, stored, tiny_checkpoint, token_ids
 
 NO_MLX = "not installed: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm"

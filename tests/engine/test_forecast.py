@@ -9,12 +9,12 @@ import pytest
 
 import prunus
 from prunus.engine import forecast, linear_run
-from prunus.engine.forecast import Steps
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import RunOptions
 from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.tables import plan_facts
+from prunus.rounding.measuring_trial import Steps
 from tiny import ids_file, shards, tiny_checkpoint, token_ids
 
 OPTIONS = {

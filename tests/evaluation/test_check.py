@@ -12,8 +12,8 @@ import prunus
 from command_line import call
 from gguf_cases import gguf_checkpoint
 from prunus.evaluation import check
-from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.result import read_record
+from prunus.rounding.compression_record import CompressionRecord
 
 pytestmark = pytest.mark.usefixtures("short_python_texts")
 

@@ -1,8 +1,7 @@
 """The table of the formats: one entry opens the models of a further format."""
 
 import shutil
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import prunus
 from prunus.formats.codec import Codec
@@ -26,11 +25,8 @@ class ZipFormat(Codec):
 def test_one_entry_lets_load_and_inspect_open_a_file_of_a_new_format(tmp_path, monkeypatch):
     dense = dense_checkpoint(tmp_path / "dense")
     file = shutil.make_archive(str(tmp_path / "model"), "zip", dense)
-    home = ModuleType("zip_format")
-    home.ZipFormat = ZipFormat
-    monkeypatch.setitem(sys.modules, "zip_format", home)
-    entry = formats.FormatEntry("zip", "zip_format:ZipFormat", ".zip")
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, entry))
+    entry = formats.FormatEntry("zip", lambda: ZipFormat, ".zip")
+    monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS, entry])
     expected = prunus.load(dense).model.state_dict()
     opened = prunus.load(file).model.state_dict()
     assert all(opened[name].equal(tensor) for name, tensor in expected.items())

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 from command_line import call
 from gguf_cases import gguf_checkpoint, known_tensors
 from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
-from prunus.hardware.words import in_bytes
+from prunus.words import in_bytes
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,

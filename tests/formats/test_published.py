@@ -10,9 +10,9 @@ pytest.importorskip("gguf")
 
 import prunus
 from gguf_cases import gguf_checkpoint, known_layout, known_tensors, write_container
-from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
 
 FOLDER = '/home/some one/secret "place"'

@@ -16,8 +16,8 @@ from prunus.hardware.machine import (
     process_memory,
     return_freed_memory,
 )
-from prunus.hardware.words import parse_bytes
 from prunus.kernels import library
+from prunus.words import parse_bytes
 
 
 def test_version_says_what_counts_on_this_machine():

@@ -10,10 +10,10 @@ import transformers
 
 import prunus
 from devices import PRETEND, assert_same_weights
-from prunus.engine import loss_sensitivity
 from prunus.engine.memory_plan import Memory
 from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
+from prunus.rounding import loss_sensitivity
 from stopping import interrupt
 from tiny import tiny_checkpoint, token_ids
 

@@ -25,11 +25,11 @@ import prunus
 from command_line import call
 from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded_with_images
 from places import REPOSITORY
-from prunus.engine.linear_plan import plan_run
 from prunus.engine.run_options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.model.loading import load_model
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from recovery_cases import SHORT, shards, training_text
 from reference import assert_three_ways_agree, prune_as_called, prune_rows, wanda_by_whole_runs
@@ -301,7 +301,7 @@ def refusal(tmp_path, model: Any) -> str:
         prunus.prune(model, calibration=token_ids())
     recipe = Recipe(calibration="token ids")
     with pytest.raises(NotImplementedError) as stored:
-        plan_run(tmp_path / "dense", recipe, RunOptions(calibration_data=token_ids()))
+        Pruning(tmp_path / "dense", None, recipe, RunOptions(calibration_data=token_ids())).plan()
     return f"{stored.value} | {loaded.value}"
 
 

@@ -7,17 +7,17 @@ import torch
 
 import prunus
 import reference
-from prunus.engine import loss_sensitivity
-from prunus.engine.allocate_sparsity import allocate
 from prunus.engine.block import dense_stream
-from prunus.engine.linear_plan import plan_run
 from prunus.engine.memory_plan import Memory
 from prunus.engine.reconstruction import reconstruct_block
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT
 from prunus.methods.patterns import Pattern
+from prunus.pruning.allocate_sparsity import allocate
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
+from prunus.rounding import loss_sensitivity
 from sensitivity_cases import IDS, whole_model
 from stopping import interrupt
 from tiny import shards, tiny_checkpoint, token_ids
@@ -131,7 +131,7 @@ def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
     interrupt(prunus.prune, dense, tmp_path / "out", **options)
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.engine.allocate_sparsity.measure_loss",
+        "prunus.pruning.allocate_sparsity.measure_loss",
         lambda *a, **o: pytest.fail("measured twice"),
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
@@ -155,11 +155,11 @@ def losses_of(folder, allocation: dict[str, float]) -> float:
 
 def test_linears_whose_errors_cost_less_lose_more_weights(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr("prunus.engine.allocate_sparsity._PART", 1)
+    monkeypatch.setattr("prunus.pruning.allocate_sparsity._PART", 1)
     recipe = Recipe(
         calibration="token ids", samples=4, seqlen=16, dtype="float32", allocation="fisher"
     )
-    plan = plan_run(dense, recipe, RunOptions(calibration_data=IDS))
+    plan = Pruning(dense, None, recipe, RunOptions(calibration_data=IDS)).plan()
     found = allocate(plan, SILENT, IDS, {})
     assert all(0.25 <= value <= 0.75 for value in found.values())
     # No exchange of sparsity between two linears of equal shape lowers the loss by much.

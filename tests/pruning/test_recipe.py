@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prunus.hardware.words import parse_bytes
 from prunus.pruning.recipe import PRESETS, Recipe
+from prunus.words import parse_bytes
 from refusals import assert_refused
 
 # Any text that UTF-8 can hold: names of files and of linears may be anything.

@@ -9,9 +9,9 @@ import torch
 import prunus
 import reference
 from command_line import call
-from prunus.engine import allocate_sparsity
 from prunus.engine.memory_plan import Memory
 from prunus.methods.allocation import allocate_by_outliers
+from prunus.pruning import allocate_sparsity
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from refusals import assert_refused

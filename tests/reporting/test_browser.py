@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import prunus
-from prunus.engine.document import Document, Measured, Table, text_of
+from prunus.document import Document, Measured, Table, text_of
 from prunus.reporting.page import to_html
 from report_samples import compared_evaluation, hostile_document, whole_document, write
 

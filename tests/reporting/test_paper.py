@@ -10,7 +10,7 @@ from rich.console import Console
 
 import prunus
 from command_line import call
-from prunus.engine.document import Document, Lines, Section, Series
+from prunus.document import Document, Lines, Section, Series
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.console import to_terminal
 from prunus.reporting.figure import to_figure

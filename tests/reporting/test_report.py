@@ -22,7 +22,7 @@ from rich.console import Console
 
 import prunus
 from command_line import call
-from prunus.engine.document import Document, Lines, Measured, Table, text_of
+from prunus.document import Document, Lines, Measured, Table, text_of
 from prunus.evaluation.eval_records import (
     Divergence,
     Metric,

@@ -5,7 +5,7 @@ from typer import testing
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from prunus.cli import app
+from prunus.cli.program import app
 
 #: The whole command line. Typer would build it again for every call, and most calls take less time.
 PROGRAM = get_command(app)

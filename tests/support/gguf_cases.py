@@ -10,13 +10,13 @@ from tokenizers import models
 
 import prunus
 from changes import edit_json
-from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.file import GgufFile, new_fields, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.rounding.compression_record import CompressionRecord
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
 from prunus.engine.memory_plan import Memory  # noqa: E402
-from prunus.formats.compression_record import CompressionRecord  # noqa: E402
+from prunus.rounding.compression_record import CompressionRecord  # noqa: E402
 from prunus.distributed import on_rank_0, process_group, ranks, sum_floats  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
 from prunus.engine.reconstruction import output_loss  # noqa: E402

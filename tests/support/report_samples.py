@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from prunus.engine.document import Document, Section, Table
+from prunus.document import Document, Section, Table
 from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore, compare
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe

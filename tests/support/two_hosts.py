@@ -15,7 +15,7 @@ from functools import partial
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kill_points import fork
-from prunus.cli import app
+from prunus.cli.program import app
 
 
 def run(arguments: list[str]) -> None:

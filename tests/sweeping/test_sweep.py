@@ -17,7 +17,7 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
-from prunus.engine.document import Measured
+from prunus.document import Measured
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore

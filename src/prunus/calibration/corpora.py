@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text
 from prunus.hardware.process_state import replaced
-from prunus.hardware.words import reason, require_library
+from prunus.words import reason, require_library
 
 #: The part of a corpus: to draw windows from, or to measure perplexity on.
 Part = Literal["calibration", "scoring"]

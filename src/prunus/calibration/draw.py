@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.words import counted, naming
+from prunus.words import counted, naming
 
 # Documents to tokenise per call. Fast tokenizers work on them in parallel, and few are wasted when
 # the last window has been found.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.words import reason
+from prunus.words import reason
 
 # A compressed file may always hold this many bytes of text.
 _SMALL_TEXT = 2**26

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.words import require_library
+from prunus.words import require_library
 
 #: How the names of images may end.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -28,6 +28,7 @@ from prunus.calibration.catalogue import CORPORA, MIX, SOURCES
 from prunus.calibration.corpora import check_corpus, data_folder, load_corpus
 from prunus.calibration.draw import Text, draw_windows
 from prunus.calibration.files import check_file, read_documents, read_ids
+from prunus.calibration.images import draw_images, read_images
 from prunus.calibration.windows import (
     WindowRequest,
     Windows,
@@ -37,8 +38,8 @@ from prunus.calibration.windows import (
     refuse_bos,
     used_bos,
 )
-from prunus.hardware.words import counted, did_you_mean, reason
 from prunus.model.tokenizer import apply_chat_template
+from prunus.words import counted, did_you_mean, reason
 
 # What texts may be, for errors.
 _CHOICES = (
@@ -368,13 +369,9 @@ class _ImageFolder(WindowSource):
     # Only models of images load what reads them.
 
     def check_data(self, request: WindowRequest) -> None:
-        from prunus.calibration.images import draw_images
-
         draw_images(Path(self.name), request.samples, request.seed)
 
     def draw(self, request: WindowRequest) -> Windows:
-        from prunus.calibration.images import draw_images, read_images
-
         paths = draw_images(Path(self.name), request.samples, request.seed)
         pixels = read_images(paths, request.tokenizer())
         described = f"{Path(self.name).name}: {counted(len(pixels), 'image')} at random"

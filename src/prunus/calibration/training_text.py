@@ -30,7 +30,7 @@ from prunus.calibration.windows import (
     put_bos_first,
     used_bos,
 )
-from prunus.hardware.words import counted
+from prunus.words import counted
 
 
 class TrainingText:

@@ -12,13 +12,13 @@ import typer
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
 from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
 from prunus.engine.run_options import RunOptions
-from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.options import ADVANCED
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.reporting.console import show_pruning, show_recovery
 from prunus.reporting.run_sections import structure_table
 from prunus.reporting.tables import plan_facts, recovery_table
+from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def compress(
     from prunus.compression.compress import Compression
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
-    from prunus.formats.cards import commands
+    from prunus.rounding.cards import commands
 
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
@@ -221,7 +221,7 @@ def plan(
     With --bits, --size, --type or --fits it plans compress, with --blocks or --experts shrink, with
     --mode or --text recover.
     """
-    from prunus.planning.plan import plan as plan_command
+    from prunus.cli.plan import plan as plan_command
 
     options |= {
         "command": command,

@@ -24,10 +24,10 @@ import typer
 from rich.console import Console
 
 from prunus.cli.flags import add_parameters, as_flags
-from prunus.hardware.words import reason
 from prunus.model.checkpoint import files
 from prunus.reporting.console import TerminalConsole, printable, to_terminal
 from prunus.reporting.console import progress_console as new_progress_console
+from prunus.words import reason
 
 #: The value of `--json` that stands for standard output.
 STDOUT = Path("-")
@@ -224,7 +224,7 @@ def print_result(content: Any, *shown: Any) -> None:
 
     Args:
         content: The figures, as JSON can hold them, or a record of pydantic.
-        shown: Tables and sections of `prunus.engine.document`, in order.
+        shown: Tables and sections of `prunus.document`, in order.
     """
     from prunus.distributed import is_rank_0
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from prunus.compression.rounding import try_types, type_rounding
+from prunus.compression.type_rounding import try_types, type_rounding
 from prunus.engine.forecast import Trial
-from prunus.engine.linear_plan import LinearPlan, LinearSelection
+from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.output import Rounding
 from prunus.engine.result import Result
@@ -19,10 +19,14 @@ from prunus.engine.run import Run, called
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.formats.codec import Codec, codec_for, size_plan_for
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.size_plan import SizePlan
+from prunus.methods.method_options import MethodOptions
+from prunus.methods.work import Work
 from prunus.options import takes
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.loss_sensitivity import measuring_bytes
+from prunus.rounding.rounding_method import rounding_method
+from prunus.rounding.size_plan import SizePlan
 
 
 @takes(CompressionRecipe, RunOptions)
@@ -85,6 +89,16 @@ class Compression(LinearCommand[CompressionRecord]):
         """Where the result is written, which the format says; None for nowhere."""
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
+    def step(self) -> LinearStep:
+        """Rounding, as a method without zeros."""
+        recipe = self.recipe
+        options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
+        return LinearStep(
+            method=rounding_method(recipe.rounds, options),
+            work=Work(options=options),
+            measuring_bytes=_bytes_by_loss,
+        )
+
     def storage(self, opened: OpenModel, selection: LinearSelection) -> SizePlan:
         """Which weights have types, and what all may take."""
         result = None if self.options.overwrite else self.result
@@ -98,3 +112,10 @@ class Compression(LinearCommand[CompressionRecord]):
     def rounding(self, run: Run[LinearPlan, CompressionRecord]) -> Rounding:
         """The types of least loss."""
         return type_rounding(run, self.codec)
+
+
+def _bytes_by_loss(plan: LinearPlan) -> int:
+    """Bytes of the measurement that the choice of types or the fit of scales needs."""
+    if not plan.storage.measures_loss:
+        return 0
+    return measuring_bytes(plan, quantizes=plan.recipe.rounds == "feedback")

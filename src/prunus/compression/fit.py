@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from prunus.compression.compress import Compression
-from prunus.compression.rounding import size_plan_of
+from prunus.compression.type_rounding import size_plan_of
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run import planned
 from prunus.engine.run_options import RunOptions
 from prunus.formats.codec import codec_for
-from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.gguf.codec import GgufCodec, GgufPlan
 from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
-from prunus.hardware.words import in_bytes
 from prunus.options import at_least
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.words import in_bytes
 
 
 def plan_to_fit(

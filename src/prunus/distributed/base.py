@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.hardware.words import reason
+from prunus.words import reason
 
 _Items = TypeVar("_Items", Sequence[Any], torch.Tensor)
 

@@ -28,13 +28,15 @@ from torch import Tensor
 from prunus.calibration.sources import TextSource
 from prunus.distributed import ranks
 from prunus.engine.block.change_block import BlockChanger
+from prunus.engine.block.dense_stream import DenseStream
 from prunus.engine.block.linear import LinearRounding
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import read_block
-from prunus.engine.loss_sensitivity import PROBE_WINDOWS, LossMeasurement, measure_loss
+from prunus.engine.reconstruction.reconstruct_block import default_schedule, split_batches
+from prunus.engine.reconstruction.train import validations
 from prunus.engine.run_windows import run_tokenizer, windows_source
-from prunus.engine.session import SILENT, Session
+from prunus.engine.session import SILENT
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.kinds import IMAGES
 from prunus.model.source import ModuleSource
@@ -56,43 +58,6 @@ class Trial:
     seconds: float = 0.0
     round_as: LinearRounding | None = None
     after: Callable[[BlockChanger, list[Tensor]], float] = field(default=lambda *_: 0.0)
-
-
-@dataclass
-class Steps:
-    """Hears the steps of a measurement, and knows when each was done.
-
-    Attributes:
-        times: When each was announced or done, on the clock of `time.perf_counter`.
-    """
-
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def session(self) -> Session:
-        """The session whose steps are heard."""
-        return Session(announce=lambda _: self.times.append(time.perf_counter()))
-
-    def parts(self) -> tuple[float, float, float]:
-        """Seconds of the embedding, of the loss, and of a block, of two that were measured."""
-        begun, one, two, last, done, *_ = self.times
-        forward, back = two - one, done - last
-        # Before the first step are the embedding and a block, before the third the loss and one.
-        return one - begun - forward, last - two - back, forward + back
-
-    def measuring(self, plan: LinearPlan, first: Steps) -> float:
-        """Seconds of `measure_loss` of a run, from trials of two blocks with one and two windows.
-
-        Args:
-            plan: The run.
-            first: The trial with one window, which also took what is only taken once.
-        """
-        embedding, one_loss, one_block = first.parts()
-        _, two_losses, two_blocks = self.parts()
-        windows = min(PROBE_WINDOWS, plan.recipe.samples) - 1
-        loss = max(one_loss, two_losses / 2) + windows * two_losses / 2
-        block = one_block + windows * max(0.0, two_blocks - one_block)
-        return embedding + loss + len(plan.skeleton) * block
 
 
 def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> float | None:
@@ -121,23 +86,12 @@ def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> 
         reading = time.perf_counter() - started
         windows = torch.randint(
             plan.skeleton.vocabulary,
-            (3 * plan.batch + PROBE_WINDOWS, recipe.seqlen),
+            (3 * plan.batch, recipe.seqlen),
             generator=torch.Generator().manual_seed(0),
         )
         before = trial(plan, windows)
         return reading + before.seconds + _blocks(plan, windows, before)
     return None
-
-
-def try_measurement(plan: LinearPlan, windows: Tensor) -> Trial:
-    """The trial of a run that prunes: what its allocation measures."""
-    if plan.recipe.measures != "loss":
-        return Trial()
-    first, second, damping = Steps(), Steps(), plan.work.options.damping
-    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, quantizes=False)
-    for count, steps in enumerate((first, second), 1):
-        measure_loss(two_blocks(plan), steps.session, windows[:count], {}, aim)
-    return Trial(second.measuring(plan, first))
 
 
 def two_blocks(plan: LinearPlan) -> LinearPlan:
@@ -157,8 +111,6 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
     changer = BlockChanger(plan, SILENT, plan.walks, plan.sparsities, before.round_as)
     models, all_batches = 1, plan.batches
     if changer.dense is not None:
-        from prunus.engine.block.dense_stream import DenseStream
-
         # A run of few batches needs them all in both models to train.
         changer.dense = DenseStream(plan.skeleton, plan.source, plan.device)
         models, all_batches = 2, plan.batches + -(-plan.batches // plan.drift_stride)
@@ -190,9 +142,6 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
 
 def _training(plan: LinearPlan, index: int, record: ReconstructionRecord, batches: int) -> float:
     """Seconds of the training of a block in the run, whose trial trained on `batches` batches."""
-    from prunus.engine.reconstruction.reconstruct_block import default_schedule, split_batches
-    from prunus.engine.reconstruction.train import validations
-
     tokens, hidden = plan.skeleton.window_shape(index, plan.recipe.seqlen)
     by_logits, given = plan.skeleton.is_in_front_of_head(index), plan.recipe.training.epochs
 

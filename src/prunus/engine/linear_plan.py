@@ -1,29 +1,31 @@
-"""A checked run of prune or compress: what is changed and how. `prunus plan` prints it.
+"""A checked run that changes linears: what is changed and how. `prunus plan` prints it.
 
-Whatever would make a run fail later fails in `plan_run`. A `Storage` says how the linears of the
-result are stored. The base class stores plain tensors, as prune does; `formats/size_plan.py` has
-the other.
+Whatever would make a run fail later fails in `plan_run`. The command hands it what it alone knows:
+
+    LinearStep       how each linear is changed
+    Storage          how the result is stored; the base class stores plain tensors
+
+and gets back
 
     LinearPlan       the decisions of one run, and what follows from them
-    Storage          how the result is stored
-    select_linears   `only` and `ignore` applied to the linears of a model
-    plan_run         checks, and makes the plan
+
+`select_linears` applies `only` and `ignore` to the linears of a model.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prunus.engine.linear_options import LinearOptions, PruningOptions
+from prunus.engine.block.dense_stream import drift_stride_for
+from prunus.engine.linear_options import LinearOptions
 from prunus.engine.open_model import open_model, run_facts
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import (
@@ -36,26 +38,17 @@ from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory
 from prunus.hardware.numerics import native_bfloat16
-from prunus.methods import Method, MethodOptions, Work, check_options, get_method
-from prunus.methods.allocation import (
-    ALLOCATION_NAMES,
-    Share,
-    check_rule,
-    mean_sparsity,
-    shares_by_hand,
-)
-from prunus.methods.levels import value_bits
-from prunus.methods.own_code import GIVEN
+from prunus.methods.allocation import Share, mean_sparsity
+from prunus.methods.dense_targets import drift_is_worthwhile
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.methods.statistics import Needs, statistics_bytes
-from prunus.methods.table import METHOD_NAMES
+from prunus.methods.table import Method
+from prunus.methods.work import Work
 from prunus.model.checkpoint.tensor_files import Checkpoint
+from prunus.model.levels import value_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-
-if TYPE_CHECKING:
-    from prunus.engine.masks import Masks
 
 # To see whether weights were rounded before: about the most matrices that are looked at, and the
 # weights at the beginning of each.
@@ -137,6 +130,44 @@ class Storage:
         """Enter into the record what takes the bytes of the shards that were written."""
 
 
+#: Gives every linear a sparsity, full name -> sparsity, from a measurement of the dense model. It
+#: is given the plan, the session that hears of it, the windows, the hashes of the blocks that it
+#: reads, to which missing ones are added, and the folder for spilled hidden states.
+Allocate = Callable[["LinearPlan", Session, Tensor, dict[str, str], Path | None], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearStep:
+    """How a run changes each linear: what a command knows and the engine asks for.
+
+    Attributes:
+        method: How every linear is changed, with targets and weight updates composed in.
+        work: What the run asks of the method. Its sparsity is that of linears without another.
+        rule: How the sparsity is distributed over the linears, by name.
+        shares: The linears of every sparsity by hand; empty if none is by hand.
+        allocate: Gives every linear a sparsity, before the first block; None where the shares and
+            `work` do.
+        masks: Full name -> bool (out, in), True where a weight becomes zero; None if the method
+            chooses its own.
+        measuring_bytes: From the plan to the bytes of what is measured before the first block.
+        given_sha256: See `RunPlan.given_sha256`.
+    """
+
+    method: Method
+    work: Work
+    rule: str = "uniform"
+    shares: Sequence[Share] = ()
+    allocate: Allocate | None = None
+    masks: Mapping[str, Tensor] | None = None
+    measuring_bytes: Callable[[LinearPlan], int] = field(default=lambda plan: 0)
+    given_sha256: Mapping[str, str | None] = field(default_factory=dict)
+
+
+#: Fits a step to the linears that a model has and a recipe selects: their masks, and their
+#: sparsities by hand. It returns the step, and the linears that are left to change.
+Fit = Callable[[LinearStep, Skeleton, LinearSelection], tuple[LinearStep, LinearSelection]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearPlan(RunPlan):
     """The decisions of one run of prune or compress.
@@ -144,20 +175,22 @@ class LinearPlan(RunPlan):
     Attributes:
         recipe: The options that decide the bytes of the result.
         storage: How linears are stored in the result.
-        method: How every linear is pruned, with targets and weight updates composed in.
-        work: What the run asks of the method. Its sparsity is that of linears without another.
-        shares: The linears of every sparsity by hand; empty if none is by hand.
-        allocate: The user's own function that gives every linear a sparsity; None for none.
-        masks: The masks that were given; None if the method chooses its own.
+        step: How each linear is changed.
     """
 
     recipe: LinearOptions
     storage: Storage
-    method: Method
-    work: Work
-    shares: Sequence[Share] = ()
-    allocate: Callable[..., Any] | None = None
-    masks: Masks | None = None
+    step: LinearStep
+
+    @property
+    def method(self) -> Method:
+        """How every linear is changed."""
+        return self.step.method
+
+    @property
+    def work(self) -> Work:
+        """What the run asks of the method."""
+        return self.step.work
 
     @property
     def selected(self) -> list[list[str]]:
@@ -195,7 +228,7 @@ class LinearPlan(RunPlan):
             "file_bytes": self.storage.file_bytes(choice),
             "disk_bytes": self.disk_bytes(choice),
             "allocation": {
-                "rule": "by hand" if self.shares else getattr(self.recipe, "allocation", "uniform"),
+                "rule": "by hand" if self.step.shares else self.step.rule,
                 "measured": self.recipe.measures != "nothing",
                 "sparsity": self.sparsity,
                 "shares": [
@@ -205,7 +238,7 @@ class LinearPlan(RunPlan):
                         "linears": len(share.weights),
                         "weights": sum(share.weights.values()),
                     }
-                    for share in self.shares
+                    for share in self.step.shares
                 ],
             },
             **self.storage.describe(choice),
@@ -214,25 +247,17 @@ class LinearPlan(RunPlan):
     @property
     def sparsity(self) -> float:
         """The mean sparsity that is asked for, over all weights."""
-        return mean_sparsity(self.shares) if self.shares else self.work.sparsity
+        return mean_sparsity(self.step.shares) if self.step.shares else self.work.sparsity
 
     @property
     def sparsities(self) -> dict[str, float]:
         """The sparsities by hand: full name of a linear -> sparsity."""
-        return {name: share.sparsity for share in self.shares for name in share.weights}
+        return {name: share.sparsity for share in self.step.shares for name in share.weights}
 
     @property
     def given_sha256(self) -> dict[str, str | None]:
         """Hashes of the user's own method, allocation and masks; see `RunPlan.given_sha256`."""
-        recipe, options = self.recipe, self.options
-        if not isinstance(recipe, PruningOptions):
-            return {}
-        function = options.own_method and options.own_method.function
-        return {
-            "method_sha256": METHOD_NAMES.sha256(recipe.method, function),
-            "allocation_sha256": ALLOCATION_NAMES.sha256(recipe.allocation, options.own_allocation),
-            "masks_sha256": None if self.masks is None else self.masks.sha256,
-        }
+        return dict(self.step.given_sha256)
 
     @property
     def walks(self) -> list[Walk]:
@@ -240,20 +265,9 @@ class LinearPlan(RunPlan):
         walks = super().walks
         return ["two_pass"] * len(walks) if self.recipe.training.two_passes else walks
 
-    @property
-    def measures_loss(self) -> bool:
-        """Whether the run begins by measuring how the loss depends on each linear."""
-        return self.recipe.measures == "loss" or self.storage.measures_loss
-
     def measuring_bytes(self) -> int:
-        """Bytes of that measurement; 0 without one."""
-        if not self.measures_loss:
-            return 0
-        # The measurement is loaded by the runs that make it.
-        from prunus.engine.loss_sensitivity import measuring_memory
-
-        memory = measuring_memory(self, self.recipe.rounds == "feedback")
-        return memory.total(hidden=self.device.type == "cpu", paused=False)
+        """Bytes of what is measured before the first block; 0 without a measurement."""
+        return self.step.measuring_bytes(self)
 
     def disk_bytes(self, choice: Any = None) -> int:
         """Bytes of the result, with spilled hidden states and temporary files of the format."""
@@ -296,9 +310,6 @@ class LinearPlan(RunPlan):
         """Whether a linear with this many inputs also uses its inputs in the dense model."""
         if not self.method.needs_drift:
             return False
-        # Dense targets, and the solver below them, are loaded by the runs that use them.
-        from prunus.methods.dense_targets import drift_is_worthwhile
-
         return drift_is_worthwhile(in_features, self.tokens)
 
     @functools.cached_property
@@ -312,8 +323,6 @@ class LinearPlan(RunPlan):
         trained = self.recipe.training.blocks
         if trained == "all" or not method.needs_drift:
             return 1
-        from prunus.engine.block.dense_stream import drift_stride_for
-
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
         stride = drift_stride_for(
@@ -400,7 +409,9 @@ def plan_run(
     model: str | Path | nn.Module,
     recipe: LinearOptions,
     options: RunOptions,
-    storage_of: Callable[[OpenModel, LinearSelection], Storage] | None = None,
+    step: LinearStep,
+    storage_of: Callable[[OpenModel, LinearSelection], Storage],
+    fit: Fit | None = None,
     session: Session = SILENT,
     decided_dtype: str | None = None,
 ) -> LinearPlan:
@@ -410,7 +421,9 @@ def plan_run(
         model: A checkpoint folder, a hub id, or a loaded model.
         recipe: The options that decide the bytes of the result.
         options: The options that only decide how the work is done.
-        storage_of: Plans how the result stores the linears; None for plain tensors.
+        step: How each linear is changed, as far as that is known without the model.
+        storage_of: Plans how the result stores the linears.
+        fit: Fits the step to the linears of the model; None if nothing depends on them.
         session: Who hears of a download.
         decided_dtype: What `dtype` auto meant in the run that is resumed; None for a new run.
 
@@ -418,23 +431,15 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, work = _method_and_work(recipe, options.own_method)
-    own_allocation = options.own_allocation
-    if isinstance(recipe, PruningOptions) and recipe.allocation not in ALLOCATION_NAMES.known:
-        own_allocation = own_allocation or ALLOCATION_NAMES.load(recipe.allocation)
-        check_rule(own_allocation, recipe.allocation)
+    method, pattern = step.method, step.work.pattern
     opened = open_model(model, options, session)
     if recipe.training.head:
         head = opened.skeleton.head()
-        check_shape(work.pattern, head.shape, head.name)
-    linears = select_linears(opened.skeleton, recipe, work.pattern)
-    masks = None
-    if isinstance(recipe, PruningOptions) and recipe.masks is not None:
-        masks, linears = _given_masks(recipe.masks, options, opened.skeleton, linears)
-        work = replace(work, sparsity=masks.sparsity(linears.linears(opened.skeleton)))
-    storage = Storage(source=opened.source, selection=linears)
-    if storage_of is not None:
-        storage = storage_of(opened, linears)
+        check_shape(pattern, head.shape, head.name)
+    linears = select_linears(opened.skeleton, recipe, pattern)
+    if fit is not None:
+        step, linears = fit(step, opened.skeleton, linears)
+    storage = storage_of(opened, linears)
     if isinstance(opened.source, CheckpointSource) and "the checkpoint" not in storage.unmatched:
         # Blocks for further tokens (MTP), which no model of transformers has, stay as they are.
         storage.selection.left_dense.update(opened.source.unused)
@@ -442,7 +447,7 @@ def plan_run(
     needs: Needs = "gram" if options.measure_error else method.needs
     walks = needs != "none" or trains != "" or recipe.measures == "inputs"
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
-    batch = 1 if work.reference_order else None  # the reference order sums window by window
+    batch = 1 if step.work.reference_order else None  # the reference order sums window by window
     facts = run_facts(
         opened,
         recipe,
@@ -458,11 +463,7 @@ def plan_run(
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
         storage=storage,
-        method=method,
-        work=work,
-        shares=_shares(opened.skeleton, linears, recipe),
-        allocate=own_allocation,
-        masks=masks,
+        step=step,
     )
     if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
         raise ValueError(
@@ -477,70 +478,9 @@ def plan_run(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + (", or choose allocation uniform" if recipe.rounds == "none" else "")
+            + (", or choose allocation uniform" if step.rule != "uniform" else "")
         )
     return plan
-
-
-def _given_masks(
-    path: Path, options: RunOptions, skeleton: Skeleton, linears: LinearSelection
-) -> tuple[Masks, LinearSelection]:
-    """The masks of a run, and the selected linears that have one; the others stay dense."""
-    # Masks are read by the runs that have them.
-    from prunus.engine.masks import masks as read_masks
-
-    if options.own_masks is None and str(path) == GIVEN:
-        raise ValueError("the masks of this run were given in Python: give them again as `masks`")
-    given = path if options.own_masks is None else options.own_masks
-    masks = read_masks(given, trust_remote_code=options.trust_remote_code)
-    masks.check_fit({name: x.shape for name, (_, x) in skeleton.all_linears().items()})
-    linears = linears.limited(skeleton, masks.__contains__)
-    if not any(linears.selected):
-        raise ValueError("`masks` has none for the linears that `only` and `ignore` leave")
-    return masks, linears
-
-
-def _method_and_work(recipe: LinearOptions, own_method: Method | None) -> tuple[Method, Work]:
-    """The recipe's method with its weight update, or rounding, and what the run asks of it."""
-    if not isinstance(recipe, PruningOptions):
-        # What only compress needs is loaded by compress.
-        from prunus.methods.rounding_method import rounding_method
-
-        options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
-        return rounding_method(recipe.rounds, options), Work(options=options)
-    published = own_method or get_method(recipe.method)
-    options = published.read_options(recipe, recipe.method_options)
-    method = published
-    if options.adds_steps:
-        # The steps after a method are loaded by the runs that have them.
-        from prunus.methods import compose
-
-        method = compose(published, options)
-    group = recipe.group
-    if group is None:
-        group = published.with_options(options).default_group
-    n, m = recipe.n_of_m or (None, None)
-    pattern = Pattern(n, m, group, options.block_size)
-    check_options(published, pattern, options)
-    # Two passes are the published procedure. There the published solvers also sum in its order.
-    in_order = recipe.training.two_passes and method is published and method.has_reference_order
-    return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)
-
-
-def _shares(skeleton: Skeleton, selection: LinearSelection, recipe: LinearOptions) -> list[Share]:
-    """The linears of every sparsity by hand; see `shares_by_hand`."""
-    if not isinstance(recipe, PruningOptions) or not recipe.sparsity_of:
-        return []
-    every = skeleton.all_linears().items()
-    blocks = [
-        {name: math.prod(x.shape) for name, (i, x) in every if i == index and x.name in names}
-        for index, names in enumerate(selection.selected)
-    ]
-    heads = [skeleton.head()] if recipe.training.head else []
-    outside = {head.name: math.prod(head.shape) for head in heads}
-    return shares_by_hand(
-        recipe.sparsity_of, blocks, recipe.sparsity, recipe.asked_sparsity, outside
-    )
 
 
 def _with_memory(plan: LinearPlan) -> LinearPlan:

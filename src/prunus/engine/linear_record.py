@@ -8,16 +8,14 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from prunus.document import Table, table_of
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.run_record import BlockwiseRecord, RecordPart, Walk, bos_words
-from prunus.hardware.words import name_patterns
-
-if TYPE_CHECKING:
-    from prunus.engine.document import Table
+from prunus.words import name_patterns
 
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
@@ -203,9 +201,6 @@ class LinearsRecord(BlockwiseRecord):
 
     def table(self) -> Table:
         """One row per kind of linear, and the totals; the head comes last."""
-        # Only what shows a record needs documents.
-        from prunus.engine.document import table_of
-
         totals = self.all_totals()
         error, mean = mean_error(totals)
 

@@ -12,13 +12,20 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.engine.block.change_block import BlockChanger
-from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage, plan_run
+from prunus.engine.forecast import Trial, forecast
+from prunus.engine.linear_plan import (
+    LinearPlan,
+    LinearSelection,
+    LinearStep,
+    Storage,
+    plan_run,
+)
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.open_model import agreed_walks
@@ -26,12 +33,10 @@ from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
 from prunus.engine.run import Run, WindowsCommand
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
-from prunus.hardware.words import about, counted
 from prunus.kernels.library import missing_words
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
-
-if TYPE_CHECKING:
-    from prunus.engine.forecast import Trial
+from prunus.words import about, counted
 
 # From this number of batches on, which the default windows have, a run says how long it takes. The
 # trial takes 0.6 to 1.7 % of such a run, and up to a fifth of a run of 2 batches.
@@ -46,6 +51,16 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
     """A command that changes the linears of a model; see `WindowsCommand`."""
 
     @abstractmethod
+    def step(self) -> LinearStep:
+        """How each linear is changed, as far as it is known without the model."""
+
+    def fit(
+        self, step: LinearStep, skeleton: Skeleton, linears: LinearSelection
+    ) -> tuple[LinearStep, LinearSelection]:
+        """Fit the step to the linears that a model has and the recipe selects."""
+        return step, linears
+
+    @abstractmethod
     def storage(self, opened: OpenModel, selection: LinearSelection) -> Storage:
         """How the result stores the linears that the recipe selects."""
 
@@ -58,23 +73,21 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> LinearPlan:
         """See `plan_run`."""
-        plan = plan_run(self.model, self.recipe, self.options, self.storage, session, decided_dtype)
+        recipe, options, step = self.recipe, self.options, self.step()
+        plan = plan_run(
+            self.model, recipe, options, step, self.storage, self.fit, session, decided_dtype
+        )
         if plan.device.type == "cpu" and plan.needs == "gram" and (words := missing_words()):
             session.tell(words)
         return plan
 
     def forecast(self, plan: LinearPlan) -> float | None:
         """See `forecast`."""
-        # Whoever reads how a model is pruned passes it by.
-        from prunus.engine.forecast import forecast
-
         return forecast(plan, self.trial)
 
     def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
         """What is tried of the steps before the blocks; see `forecast`."""
-        from prunus.engine.forecast import try_measurement
-
-        return try_measurement(plan, windows)
+        return Trial()
 
     def fields(self, plan: LinearPlan) -> dict[str, Any]:
         """What a record of linears has beside its recipe and its inputs."""
@@ -97,7 +110,7 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         Returns:
             These words, which stay on a terminal while the first block is changed; or nothing.
         """
-        record, recipe, words = run.record, run.plan.recipe, ""
+        record, words = run.record, ""
         if (
             run.session.announce is not None
             and not record.blocks
@@ -106,12 +119,10 @@ class LinearCommand(WindowsCommand[LinearPlan, _Record]):
         ):
             words = f"; the run takes {about(seconds)}"
             run.session.tell(f"tried pieces of the run{words}")
-        if not record.allocation and recipe.measures == "nothing":
+        allocate = run.plan.step.allocate
+        if not record.allocation and allocate is None:
             record.allocation = dict(run.plan.sparsities)
-        elif not record.allocation:
-            # The rules, and the measurements that they need, are loaded by the runs that have one.
-            from prunus.engine.allocate_sparsity import allocate
-
+        elif not record.allocation and allocate is not None:
             record.allocation = allocate(
                 run.plan, run.session, run.windows, record.measured, run.spill_folder
             )

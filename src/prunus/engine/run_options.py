@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from prunus.calibration.catalogue import CHOICES
-from prunus.hardware.words import parse_bytes
 from prunus.options import ADVANCED, Option, Options, at_least
+from prunus.words import parse_bytes
 
 #: Heading of the options on calibration in --help.
 CALIBRATION = "Calibration"

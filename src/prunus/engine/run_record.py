@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from prunus.hardware.words import in_bytes
 from prunus.model.checkpoint.card import base_model, inherited_fields, with_fields
 from prunus.model.checkpoint.files import read_json, write_json
 from prunus.options import Options, words
+from prunus.words import in_bytes
 
 _Record = TypeVar("_Record", bound=BaseModel)
 

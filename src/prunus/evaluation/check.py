@@ -14,9 +14,9 @@ from prunus.engine.run_record import extended_card
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CHECKED, CompressionRecord
 from prunus.model.checkpoint.files import read_card, write_text
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CHECKED, CompressionRecord
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from prunus.engine.document import Best, Column, Measured, Table, text_of
+from prunus.document import Best, Column, Measured, Table, text_of
 from prunus.evaluation.metrics import METRICS, TextMetric
 
 

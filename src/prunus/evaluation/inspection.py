@@ -18,15 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.document import Table, table_of
+from prunus.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
-from prunus.engine.masks import (
-    Readable,
-    compare_masks,
-    masks,
-    open_weights,
-    stored_linears,
-)
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.model_input import find_folder
 from prunus.formats.codec import Codec
@@ -36,6 +29,13 @@ from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_fol
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.pruning.masks import (
+    Readable,
+    compare_masks,
+    masks,
+    open_weights,
+    stored_linears,
+)
 
 #: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))

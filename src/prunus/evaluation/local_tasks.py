@@ -14,7 +14,7 @@ from typing import Any
 
 from prunus.calibration.corpora import dataset_of
 from prunus.calibration.files import read_json_rows
-from prunus.hardware.words import reason
+from prunus.words import reason
 
 #: The folder inside the data folder that holds the files.
 FOLDER = "zeroshot"

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prunus.engine.document import Measured
+from prunus.document import Measured
 from prunus.methods.divergence import kl_divergence
 
 if TYPE_CHECKING:

@@ -71,9 +71,9 @@ from prunus.evaluation.window_scores import (
     check_windows,
     score_windows,
 )
-from prunus.hardware.words import counted, did_you_mean
 from prunus.model.device import choose_device
 from prunus.options import takes
+from prunus.words import counted, did_you_mean
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"

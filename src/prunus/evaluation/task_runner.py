@@ -27,9 +27,9 @@ from prunus.evaluation.model_input import (
     unchanged,
 )
 from prunus.evaluation.tasks import LoadedTask, load_tasks, run_task, wrap_model
-from prunus.hardware.words import require_library
 from prunus.model.device import choose_device
 from prunus.options import takes
+from prunus.words import require_library
 
 #: Sequences at once for batch "auto" on a CPU, where no device memory limits the batch.
 _CPU_BATCH = 8

@@ -28,7 +28,7 @@ from prunus.distributed import ranks
 from prunus.evaluation.eval_records import PAPER7, Metric, TaskScore
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.hardware.process_state import no_warnings, replaced
-from prunus.hardware.words import did_you_mean, reason
+from prunus.words import did_you_mean, reason
 
 #: Held by the thread that uses lm-eval; see `_quiet_lm_eval`.
 _LM_EVAL = RLock()

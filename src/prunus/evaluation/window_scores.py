@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from prunus.calibration.windows import check_context, check_ids
 from prunus.distributed import own_part, ranks
-from prunus.engine.document import Measured
+from prunus.document import Measured
 from prunus.evaluation.eval_records import Divergence
 from prunus.evaluation.metrics import METRICS, TokenMeasure, exponential, mean
 from prunus.hardware.numerics import fast_linears

@@ -1,7 +1,7 @@
 """Formats of compressed models: how the values of a model become bytes, and how many.
 
 A format is one class, derived from `Codec` (`codec.py`), and one entry of `FORMATS`
-(`model/formats.py`). The command line, `plan`, completion, errors and whoever opens a
+(`table.py`). The command line, `plan`, completion, errors and whoever opens a
 model read this table. The page "Add a format" follows one step by step.
 
     codec.py               what a format is: it plans, encodes, decodes, opens

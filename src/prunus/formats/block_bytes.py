@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prunus.methods.group_quantizer import GroupQuantizer, Spans
 from prunus.model.checkpoint.quantized import FP4_BY_CODE, from_stream
+from prunus.rounding.group_quantizer import GroupQuantizer, Spans
 
 
 class Field(NamedTuple):

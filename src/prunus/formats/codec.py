@@ -2,7 +2,7 @@
 
 A `Codec` has no state, and its eight methods are all that a new format adds; the page "Add a
 format" follows one. Which codec an output gets, `codec_for` says by the table of
-`model/formats.py`. The runs, their folders and files are the engine's.
+`formats/table.py`. The runs, their folders and files are the engine's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from prunus.engine.linear_plan import LinearSelection
 from prunus.engine.result import MEASUREMENT, Result
 from prunus.engine.run_plan import OpenModel
-from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.size_plan import Given, SizePlan, compressible
-from prunus.formats.type_choice import Measurement
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.files import make_folder, read_json, write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
 from prunus.model.checkpoint.tensor_files import SINGLE_NAME, Checkpoint, save_safetensors
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
 from prunus.model.source import ModuleSource
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.rounding.size_plan import Given, SizePlan, compressible
+from prunus.rounding.type_choice import Measurement
 
 
 class Codec(ABC):

@@ -30,13 +30,13 @@ from typing import ClassVar
 import torch
 
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers, scaled
-from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
-from prunus.formats.size_plan import Given, SizePlan, folder_plan
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.checkpoint.quantized import FP4_BY_CODE
 from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
+from prunus.rounding.cards import CardWords
+from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.rounding.size_plan import Given, SizePlan, folder_plan
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)

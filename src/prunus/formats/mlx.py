@@ -24,14 +24,14 @@ from typing import Any, ClassVar
 import torch
 
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
-from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
-from prunus.formats.size_plan import Given, SizePlan, folder_plan
-from prunus.hardware.words import name_patterns
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
+from prunus.rounding.cards import CardWords
+from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.rounding.size_plan import Given, SizePlan, folder_plan
+from prunus.words import name_patterns
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
 #: they are -> the values of tie_word_embeddings with which it does. With the packages installed,

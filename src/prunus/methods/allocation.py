@@ -19,9 +19,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from prunus.hardware.words import did_you_mean, nearest_glob
 from prunus.methods.own_code import OwnCode
 from prunus.options import between
+from prunus.words import did_you_mean, nearest_glob
 
 #: The rules of allocation, also a user's own.
 ALLOCATION_NAMES = OwnCode(

@@ -11,7 +11,9 @@ from functools import partial
 
 from torch import Tensor
 
+from prunus.methods.dense_targets import dense_target, target_notes
 from prunus.methods.method_options import MethodOptions
+from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import Pruned, PruneFunction, RowShard, Work
@@ -82,8 +84,6 @@ def on_dense_target(
     step: PruneFunction, weight_OI: Tensor, statistics: InputStatistics, work: Work
 ) -> Pruned:
     """A step on the dense target, as if that were the trained weight."""
-    from prunus.methods.dense_targets import dense_target, target_notes
-
     options = work.options
     target_OI = dense_target(weight_OI, statistics, options.dense_weight, options.damping)
     pruned = step(target_OI, statistics, work)
@@ -116,7 +116,5 @@ def _update_rows(
     shard: RowShard,
 ) -> Pruned:
     """The kept weights of some rows, fitted; `weight_OI` and `pruned` have all rows."""
-    from prunus.methods.solvers.least_squares import fit_least_squares
-
     start = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
     return fit_least_squares(weight_OI[shard.rows], start, statistics, damping, shard)

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import read_limited
+from prunus.words import did_you_mean
 
 #: A recipe names what was given in Python by this prefix and the name of the object.
 GIVEN = "given:"

@@ -126,6 +126,7 @@ class Method:
         >>> METHODS["magnitude"].prune(weight_OI, nothing, Pattern(), 0.5).weight_OI
         tensor([[ 0., -2.,  1.,  0.]])
         """
+        # Recipes read this table, and must not wait for torch.
         from prunus.methods.work import Work
 
         work = Work(pattern, sparsity, self.options() if options is None else options)
@@ -136,7 +137,7 @@ class Method:
 
         If nothing is removed and nothing rounded, the weight stays as it is, whatever the method.
         """
-        from prunus.methods.work import unchanged
+        from prunus.methods.work import unchanged  # It imports torch, as above.
 
         if work.rounding is None and work.pattern.removes_nothing(work.sparsity):
             return unchanged(weight_OI)

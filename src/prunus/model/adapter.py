@@ -20,13 +20,13 @@ import torch
 
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import no_warnings
-from prunus.hardware.words import naming, reason, require_library
 from prunus.model.checkpoint.files import write_json
 from prunus.model.checkpoint.resolve import CONFIG_NAME, base_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, TensorInfo, save_safetensors
 from prunus.model.config import load_config, read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
+from prunus.words import naming, reason, require_library
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAME = "default"  # the name that peft gives to the only adapter of a model

@@ -24,10 +24,11 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import read_json, write_json
+from prunus.model.checkpoint.quantized import METHODS, DenseCheckpoint, method_of
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed
+from prunus.words import reason
 
 _MAX_DEPTH = 32  # of lists and objects in each other
 _MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer
@@ -159,8 +160,6 @@ def is_foreign(folder: Path) -> bool:
     """Whether the weights of a folder are quantised in a way that only other programs read."""
     if not (described := quantization(read_config(folder / "config.json"))):
         return False
-    from prunus.model.checkpoint.quantized import METHODS, method_of
-
     return method_of(described) not in METHODS
 
 
@@ -178,8 +177,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     checkpoint, config = Checkpoint(folder), read_config(folder / "config.json")
     if not (described := quantization(config)):
         return checkpoint
-    from prunus.model.checkpoint.quantized import DenseCheckpoint
-
     names = {str(config.get(field)) for field in ("dtype", "torch_dtype")}
     dtype = next((x for x in _NUMBERS if str(x).removeprefix("torch.") in names), torch.bfloat16)
     return DenseCheckpoint(checkpoint, described, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prunus.distributed import ranks
-from prunus.hardware.words import did_you_mean
+from prunus.words import did_you_mean
 
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

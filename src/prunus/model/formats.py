@@ -1,12 +1,12 @@
-"""The table of the formats of compressed models. Imports no torch.
+"""Formats of models beside the checkpoint: what tells them apart, and who opens them.
 
-It lies below the formats and names them as text, so whoever opens a model can ask it. The class of
-a format is imported when a run needs it, or when a path has the format's suffix.
+The formats are a room above this one. Their table, `formats/table.py`, enters them here as soon as
+`prunus` is imported, so whoever opens a model can ask. Imports no torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from prunus.model.checkpoint.files import read_json
 
 
 class FormatEntry(NamedTuple):
-    """Where a format is found.
+    """How a format is known.
 
     Attributes:
         name: What `--format` takes.
-        home: The module and the class, as "module:class". The class derives from
-            `formats.codec.Codec`.
+        load: Imports the class of the format, which derives from `formats.codec.Codec`, when a run
+            needs it, or when a path has the format's suffix.
         suffix: The end of the name of an output that implies the format, in small letters. A model
             with such a name is opened by the class. Empty for a folder.
         key: The key of config.json that a folder of the format has. Such a folder is opened by the
@@ -28,29 +28,23 @@ class FormatEntry(NamedTuple):
     """
 
     name: str
-    home: str
+    load: Callable[[], Any]
     suffix: str = ""
     key: str = ""
 
-    def load(self) -> Any:
-        """The class of the format."""
-        module, _, kind = self.home.partition(":")
-        return getattr(import_module(module), kind)
 
-
-#: All formats, in the order of the help.
-FORMATS = (
-    FormatEntry("compressed-tensors", "prunus.formats.compressed_tensors:TensorsCodec"),
-    FormatEntry("mlx", "prunus.formats.mlx:MlxCodec", key="quantization"),
-    FormatEntry("gguf", "prunus.formats.gguf.codec:GgufCodec", ".gguf"),
-)
+#: All formats, in the order of the help; see `formats/table.py`.
+FORMATS: list[FormatEntry] = []
 #: What to do with a packed model: the end of a sentence.
 PACKED = (
     "prunus before 0.4 made it, and this version does not read it. `prunus unpack` of version 0.3 "
     "turns it back into a plain checkpoint"
 )
-#: The suffixes of all formats that have one.
-SUFFIXES = [entry.suffix for entry in FORMATS if entry.suffix]
+
+
+def suffixes() -> list[str]:
+    """The suffixes of all formats that have one."""
+    return [entry.suffix for entry in FORMATS if entry.suffix]
 
 
 def folder_formats() -> list[str]:

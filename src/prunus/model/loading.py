@@ -14,7 +14,6 @@ import torch
 
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
-from prunus.hardware.words import reason
 from prunus.model.adapter import attach, check_adapter
 from prunus.model.checkpoint.card import keep_records, records_of
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
@@ -24,6 +23,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
+from prunus.words import reason
 
 
 class LoadedModel(NamedTuple):

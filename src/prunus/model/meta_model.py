@@ -23,8 +23,8 @@ import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from prunus.hardware.words import reason
 from prunus.model.kinds import Kind
+from prunus.words import reason
 
 #: Modules of a model. A model of 61 blocks with 384 experts each has 94,000.
 _MAX_MODULES = 2**17

@@ -12,9 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
-from prunus.hardware.words import reason
 from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
 from prunus.model.config import check_config, check_processor_files
+from prunus.words import reason
 
 #: The files that show that an adapter has a tokenizer of its own.
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_plan import LinearSelection, Storage
+from prunus.engine.forecast import Trial
+from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
 from prunus.engine.linear_run import LinearCommand
 from prunus.engine.run import called
 from prunus.engine.run_options import RunOptions
@@ -17,10 +18,13 @@ from prunus.engine.run_plan import OpenModel
 from prunus.methods.own_code import GIVEN
 from prunus.methods.table import Method
 from prunus.model.kinds import kind_of
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest, pruned_card
+from prunus.pruning.pruning_step import fit_to_model, pruning_step
 from prunus.pruning.recipe import Recipe
+from prunus.rounding.measuring_trial import try_measurement
 
 
 @takes(Recipe, RunOptions)
@@ -52,8 +56,8 @@ def prune(
             is called after every block with a `prunus.engine.progress.Progress`.
         announce: Called with what is being prepared before the first block.
         **options: Options of `Recipe` and of the run. `allocation` may be a function; see
-            `prunus.engine.allocate_sparsity`. `masks` may be a dictionary: full name of a linear ->
-            bool (out, in), True where the weight is removed.
+            `prunus.pruning.allocate_sparsity`. `masks` may be a dictionary: full name of a linear
+            -> bool (out, in), True where the weight is removed.
 
     Returns:
         The manifest: recipe, inputs, totals, and for each linear its shape, sparsity, error and
@@ -97,6 +101,20 @@ class Pruning(LinearCommand[Manifest]):
     """The command prune, as the engine knows it."""
 
     RECIPE, KIND = Recipe, Manifest
+
+    def step(self) -> LinearStep:
+        """See `pruning_step`."""
+        return pruning_step(self.recipe, self.options)
+
+    def fit(
+        self, step: LinearStep, skeleton: Skeleton, linears: LinearSelection
+    ) -> tuple[LinearStep, LinearSelection]:
+        """See `fit_to_model`."""
+        return fit_to_model(self.recipe, self.options, step, skeleton, linears)
+
+    def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
+        """What the allocation measures."""
+        return try_measurement(plan, windows)
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
         """Plain tensors."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from prunus.engine.linear_options import SELECTION, PruningOptions, TrainingPlan
-from prunus.hardware.words import did_you_mean
+from prunus.engine.linear_options import SELECTION, TrainingPlan
 from prunus.methods.method_options import METHOD
 from prunus.options import Option, at_least
+from prunus.pruning.options import PruningOptions
+from prunus.words import did_you_mean
 
 # Heading of these options in --help.
 _RECONSTRUCTION = "Reconstruction"

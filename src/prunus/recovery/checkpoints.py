@@ -19,10 +19,10 @@ from torch import nn
 
 from prunus.distributed import is_rank_0
 from prunus.engine.run_record import RecordPart
-from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import save_safetensors
 from prunus.recovery.recovery_record import Evaluation
+from prunus.words import reason
 
 _STATE_NAME = "training.safetensors"
 # Key in the metadata of that file under which `TrainingState` is stored as JSON.

@@ -18,7 +18,6 @@ from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import ranks
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
-from prunus.hardware.words import require_library
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.resolve import CONFIG_NAME, is_adapter, resolve_folder
@@ -33,6 +32,7 @@ from prunus.recovery.recovery_options import Mode, RecoveryOptions
 from prunus.recovery.recovery_record import RecoveryInputs
 from prunus.recovery.training import training_dtype
 from prunus.structure.structure_record import StructureRecord
+from prunus.words import require_library
 
 # Bytes per trained parameter in memory: the float32 weight, its gradient and Adam's two moments. On
 # the disk are the weight, the moments and the best weight.

@@ -1,6 +1,6 @@
 """Reports: the figures of runs, sweeps and evaluations as pages, tables and plots.
 
-A report is a document of `prunus.engine.document`: facts, tables and charts without any formatting.
+A report is a document of `prunus.document`: facts, tables and charts without any formatting.
 
 write.py                one call from folders and files to a page
 evaluation_sections.py  files of `prunus eval --json`; charts of quality

@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prunus.engine.document import Document, DocumentPart, Facts, Section, Table, text_of
+from prunus.document import Document, DocumentPart, Facts, Section, Table, text_of
 from prunus.engine.progress import PREPARATION, LineInterval, Progress, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunus.engine.document import (
+from prunus.document import (
     Best,
     Facts,
     Lines,

@@ -6,8 +6,8 @@ import io
 import math
 from typing import Any
 
-from prunus.engine.document import Document, Lines
-from prunus.hardware.words import require_library
+from prunus.document import Document, Lines
+from prunus.words import require_library
 
 # The colours of Okabe and Ito, which people with every kind of colour vision tell apart. Lines
 # differ in their markers and dashes as well, for print in grey. There are fewer markers than

@@ -24,7 +24,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from prunus.engine.document import (
+from prunus.document import (
     Document,
     DocumentPart,
     Facts,
@@ -180,7 +180,7 @@ def figure_json(chart: Lines) -> str:
 def to_markdown(document: Document) -> str:
     """Write a document as Markdown. Names and other text are escaped.
 
-    >>> from prunus.engine.document import Column
+    >>> from prunus.document import Column
     >>> columns = (Column("method"), Column("perplexity", ".2f"))
     >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
     >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))

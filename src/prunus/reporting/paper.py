@@ -7,7 +7,7 @@ import io
 import re
 from importlib.metadata import version
 
-from prunus.engine.document import Document, Table, plain, table_of, text_of
+from prunus.document import Document, Table, plain, table_of, text_of
 from prunus.reporting.console import cells, printable
 from prunus.sweeping.results import DENSE
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from prunus.engine.document import (
+from prunus.document import (
     Column,
     Facts,
     Lines,
@@ -22,10 +22,10 @@ from prunus.engine.document import (
 )
 from prunus.engine.linear_record import LinearsRecord, linear_kind, mean_error
 from prunus.engine.run_record import BlockwiseRecord, bos_words, source_name
-from prunus.formats.compression_record import CompressionRecord
-from prunus.hardware.words import counted, in_bytes
 from prunus.pruning.manifest import Manifest
+from prunus.rounding.compression_record import CompressionRecord
 from prunus.structure.structure_record import StructureRecord, what_was_removed
+from prunus.words import counted, in_bytes
 
 #: Name of an error -> its definition.
 _DEFINITIONS = {

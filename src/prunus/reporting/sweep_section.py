@@ -11,7 +11,7 @@ from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from prunus.engine.document import (
+from prunus.document import (
     Column,
     DocumentPart,
     Facts,
@@ -25,7 +25,6 @@ from prunus.engine.document import (
     short_names,
 )
 from prunus.evaluation.eval_records import BEST, FORMS
-from prunus.hardware.words import counted
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.evaluation_sections import (
     SIZES,
@@ -42,6 +41,7 @@ from prunus.sweeping.results import (
     SweptModel,
     varying_options,
 )
+from prunus.words import counted
 
 # State of a cell -> what a run of the sweep would do with it.
 _WHAT_WOULD_HAPPEN = {

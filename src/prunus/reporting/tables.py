@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.engine.document import Facts, Table, items_of, table_of
+from prunus.document import Facts, Table, items_of, table_of
 from prunus.engine.run_record import bos_words
-from prunus.hardware.words import about, counted, in_bytes
 from prunus.recovery.recovery_record import RecoveryRecord
+from prunus.rounding.compression_record import FileSize, unmatched_sentences
+from prunus.words import about, counted, in_bytes
 
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
 _BOS_OF_PLAN = {
@@ -67,8 +68,6 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),
     }
     if (file := plan.get("file")) is not None:
-        from prunus.formats.compression_record import FileSize, unmatched_sentences
-
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
         if plan.get("unmatched"):
             rows["unmatched"] = " ".join(unmatched_sentences(plan["unmatched"]))

@@ -9,10 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prunus.engine.document import Document, Section
+from prunus.document import Document, Section
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import BlockwiseRecord
-from prunus.formats.compression_record import CompressionRecord
 from prunus.model.checkpoint.files import check_place, read_json, replacing
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
@@ -22,6 +21,7 @@ from prunus.reporting.page import document_json, to_html, to_markdown
 from prunus.reporting.paper import to_csv, to_latex
 from prunus.reporting.run_sections import run_section, runs_section, structure_section
 from prunus.reporting.sweep_section import sweep_section
+from prunus.rounding.compression_record import CompressionRecord
 from prunus.structure.structure_record import StructureRecord
 from prunus.sweeping.results import SweepResults
 

@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import WindowOptions
 from prunus.engine.run_record import BlockwiseRecord, RecordPart, RunInputs
-from prunus.hardware.words import counted
 from prunus.options import Option, Options, percent
+from prunus.words import counted
 
 #: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.
 Amount = float | int

@@ -22,7 +22,6 @@ from prunus.evaluation.eval_options import TaskOptions, TextOptions
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_runner import evaluate
-from prunus.hardware.words import reason
 from prunus.methods import get_method
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
@@ -37,6 +36,7 @@ from prunus.recovery.recover import recover
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import CellResult, SweepResults, SweptModel
+from prunus.words import reason
 
 #: The folder of the folders of cells, in the folder of a sweep.
 _CELLS_FOLDER = "cells"

@@ -27,11 +27,11 @@ from pydantic import Field, model_validator
 
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
-from prunus.hardware.words import known
 from prunus.methods.table import METHODS
 from prunus.options import Option, Options
 from prunus.pruning.recipe import Recipe
 from prunus.sweeping.results import CellResult
+from prunus.words import known
 
 # The most cells of a sweep. At a minute per cell, these take a week.
 _MAX_CELLS = 10_000

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from prunus.engine.document import Measured, Table, plain_rows, short_names, table_of
+from prunus.document import Measured, Table, plain_rows, short_names, table_of
 from prunus.engine.run_record import RecordPart, read_record
 from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
-from prunus.hardware.words import require_library
 from prunus.model.checkpoint.files import write_json
 from prunus.pruning.recipe import Recipe
+from prunus.words import require_library
 
 # Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
 _MIN_WANDA_LOSS = 0.01

@@ -16,7 +16,6 @@ from typing import Any
 
 from prunus.distributed.group import started_by_torchrun
 from prunus.engine.folder import locked_output
-from prunus.engine.linear_plan import plan_run
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.perplexity import check_text
@@ -29,6 +28,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
+from prunus.pruning.prune import Pruning
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.sweeping.cells import Runner
 from prunus.sweeping.grid import Sweep
@@ -134,10 +134,10 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         if cell.state != "done":
             try:
                 cell.method_name = get_method(cell.recipe.method).name
-                # With dtype "auto" plan_run would run the model to choose a dtype, which is work.
+                # With dtype "auto" the plan would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
                 if cell.recovers is None:
-                    plan_run(models[cell.model].path, recipe, options)
+                    Pruning(models[cell.model].path, None, recipe, options).plan()
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results

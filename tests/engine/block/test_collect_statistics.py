@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from prunus.engine.block.collect_statistics import collect_statistics
-from prunus.engine.linear_plan import plan_run
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from sensitivity_cases import IDS, whole_model
 from tiny import tiny_checkpoint
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 def test_every_linear_of_the_dense_model_gets_the_sums_of_its_inputs(walk, tmp_path, monkeypatch):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
     recipe = Recipe(samples=4, seqlen=16, batch=2, dtype="float32")
-    plan = plan_run(folder, recipe, RunOptions(calibration_data=IDS))
+    plan = Pruning(folder, None, recipe, RunOptions(calibration_data=IDS)).plan()
     monkeypatch.setattr(type(plan), "walks", [walk] * len(plan.skeleton))
     found, weights = {}, {}
 

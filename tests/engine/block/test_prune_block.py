@@ -10,12 +10,13 @@ from torch import nn
 import prunus
 from prunus.engine.block import linear as linear_step
 from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
-from prunus.engine.linear_plan import LinearPlan, plan_run
+from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions
 from prunus.hardware.machine import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
+from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from tiny import shards, tiny_checkpoint, token_ids, weights
 
@@ -202,7 +203,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
     def plan(memory: int | None) -> LinearPlan:
-        return plan_run(dense, recipe, RunOptions(memory=memory, calibration_data=ids))
+        return Pruning(dense, None, recipe, RunOptions(memory=memory, calibration_data=ids)).plan()
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
@@ -234,7 +235,7 @@ def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):
         options = RunOptions(device="cuda", memory=memory, calibration_data=ids)
-        assert plan_run(dense, recipe, options).memory.budget == budget
+        assert Pruning(dense, None, recipe, options).plan().memory.budget == budget
 
 
 # --- the output error of methods that need no Gram matrix ---
@@ -287,7 +288,7 @@ def test_a_run_with_the_output_error_is_planned_with_its_memory_and_not_mixed_wi
     def least_memory(method: str, measure_error: bool) -> int:
         recipe = Recipe(method=method, calibration="token ids", samples=8, seqlen=16)
         how = RunOptions(measure_error=measure_error, calibration_data=token_ids(8, 16))
-        return plan_run(dense, recipe, how).memory.least_bytes
+        return Pruning(dense, None, recipe, how).plan().memory.least_bytes
 
     with_norms, with_gram = (least_memory("wanda", measured) for measured in (False, True))
     sparsegpt = least_memory("sparsegpt", False)

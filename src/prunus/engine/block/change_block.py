@@ -20,18 +20,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from prunus.distributed import own_part, ranks, set_location
+from prunus.engine.block.dense_stream import DenseBlockInputs, DenseStream
 from prunus.engine.block.hooks import ExpertCounter, find_expert_counters
 from prunus.engine.block.linear import SPARSE, LinearRounding, change_linear
 from prunus.engine.block.walks import WALKS, Accumulate, BlockWalk, accumulate_inputs
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.linear_record import BlockRecord, LinearRecord, ReconstructionRecord
 from prunus.engine.loop import FinishedBlock, StoredBlock, check_same
+from prunus.engine.reconstruction import reconstruct_block
+from prunus.engine.reconstruction.reconstruct_block import (
+    BlockReconstruction,
+    BlockReconstructor,
+)
 from prunus.engine.run_record import Walk
 from prunus.engine.session import Session
 from prunus.hardware.numerics import count_zeros
@@ -39,15 +44,6 @@ from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.methods.work import LinearPlace, Rounded
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
-
-# The dense model next to the pruned one, and the training of blocks: the runs that have them load
-# them. A reader of pruning passes them by.
-if TYPE_CHECKING:
-    from prunus.engine.block.dense_stream import DenseBlockInputs, DenseStream
-    from prunus.engine.reconstruction.reconstruct_block import (
-        BlockReconstruction,
-        BlockReconstructor,
-    )
 
 
 class BlockChanger:
@@ -85,8 +81,6 @@ class BlockChanger:
         self.stream = Stream(plan.skeleton, plan.source, plan.device)
         self.dense: DenseStream | None = None
         if plan.runs_dense_stream:
-            from prunus.engine.block.dense_stream import DenseStream
-
             self.dense = DenseStream(plan.skeleton, plan.source, plan.device, plan.drift_stride)
         # Trains blocks after they are pruned; None before `embed`, or if the run trains none.
         self._reconstructor: BlockReconstructor | None = None
@@ -101,8 +95,6 @@ class BlockChanger:
         reconstruction, memory = self.plan.reconstruction, self.plan.memory
         share, splits, partial = own_part(batches), False, list[torch.Tensor]()
         if reconstruction is not None:
-            from prunus.engine.reconstruction import reconstruct_block
-
             splits = reconstruct_block.splits_windows(batches, self.plan.device)
             partial = reconstruct_block.step_parts(batches, splits)
         spill_to = spill_folder if memory.spills else None
@@ -259,7 +251,7 @@ class BlockChanger:
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
         set_location(full_name)
-        work, masks = self.plan.work, self.plan.masks
+        work, masks = self.plan.work, self.plan.step.masks
         sparsity = self.sparsities.get(full_name, work.sparsity)
         finished = change_linear(
             self.plan.method,

@@ -26,11 +26,11 @@ from prunus.hardware.numerics import (
     low_precision_product,
     row_spans,
 )
-from prunus.hardware.words import naming
 from prunus.methods import Method, Work
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import UNSHARDED, Pruned, Rounded, RowShard, RowSharding
 from prunus.model.linears import Linear
+from prunus.words import naming
 
 #: From the full name of a linear to how it is rounded; see `Work.rounding`.
 LinearRounding = Callable[[str], object]

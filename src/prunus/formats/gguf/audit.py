@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from prunus.engine.document import Table, short_names, table_of
+from prunus.document import Table, short_names, table_of
 from prunus.formats.gguf.file import RECORD_FIELD, GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
-from prunus.hardware.words import counted, in_bytes
-from prunus.methods.lattice import lossless_type
-from prunus.methods.levels import value_bits
+from prunus.model.levels import value_bits
+from prunus.rounding.lattice import lossless_type
+from prunus.words import counted, in_bytes
 
 # Preset -> the types that it gives to matrices (`llama_tensor_get_type_impl`), but for Q6_K, which
 # any of them may give to the head.

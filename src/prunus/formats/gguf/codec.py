@@ -15,10 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.engine.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
-from prunus.formats.cards import CardWords
 from prunus.formats.codec import Codec
-from prunus.formats.compression_record import CompressionRecord
+from prunus.formats.gguf.audit import FileAudit
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
@@ -28,19 +26,22 @@ from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, type_for, type_named, types_for
-from prunus.formats.size_plan import (
+from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
+from prunus.model.checkpoint.tensor_files import Checkpoint
+from prunus.rounding.cards import CardWords
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
+from prunus.rounding.lattice import lossless_type
+from prunus.rounding.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
+from prunus.rounding.size_plan import (
     Given,
     SizePlan,
     TypedWeight,
     budget_of,
     weights_in,
 )
-from prunus.formats.type_choice import Measurement, TypeChoice
-from prunus.hardware.words import in_bytes
-from prunus.methods.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.methods.lattice import lossless_type
-from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
-from prunus.model.checkpoint.tensor_files import Checkpoint
+from prunus.rounding.type_choice import Measurement, TypeChoice
+from prunus.words import in_bytes
 
 # Bits of embeddings and head -> their type.
 _HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
@@ -67,8 +68,6 @@ class GgufCodec(Codec):
     @staticmethod
     def audit(path: Path, reads_weights: bool = False) -> Any:
         """What any GGUF file holds, and how it was made: a `FileAudit`."""
-        from prunus.formats.gguf.audit import FileAudit
-
         return FileAudit.of(path, reads_weights)
 
     @classmethod

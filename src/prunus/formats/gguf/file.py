@@ -34,9 +34,9 @@ from prunus.formats.gguf.header import (
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES, GgufType
 from prunus.hardware.process_state import replaced
-from prunus.hardware.words import require_library
-from prunus.methods.group_quantizer import GroupedWeight
 from prunus.model.checkpoint.files import open_regular, replacing
+from prunus.rounding.group_quantizer import GroupedWeight
+from prunus.words import require_library
 
 # Types that the package cannot decode, by their numbers; versions up to 0.19 do not know them.
 _OWN = {TYPES["Q2_0"].number: TYPES["Q2_0"]}

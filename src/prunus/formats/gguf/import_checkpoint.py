@@ -31,7 +31,6 @@ from prunus.formats.gguf.layout import ARCHITECTURES, GgufTensor, tensors_of
 from prunus.formats.gguf.types import FULL_TYPES, PLAIN
 from prunus.formats.gguf.vocabulary import adds_bos, drop_added_tokens, restore_split
 from prunus.hardware.process_state import no_stderr
-from prunus.hardware.words import reason
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
     fsync_folder,
@@ -50,6 +49,7 @@ from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 from prunus.model.skeleton import Skeleton
 from prunus.options import Option, Options
+from prunus.words import reason
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Kind of model -> a part of its names in transformers, and what checkpoints have for it.

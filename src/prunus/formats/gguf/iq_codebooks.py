@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prunus.formats.gguf.package import grid
 from prunus.kernels import library as kernels
-from prunus.methods.codebooks import CodebookQuantizer
-from prunus.methods.group_quantizer import Spans
+from prunus.rounding.codebooks import CodebookQuantizer
+from prunus.rounding.group_quantizer import Spans
 
 #: The parts of a layout, as `kernels.h` numbers them.
 _PARTS = ("rows", "signs", "codes")

@@ -30,11 +30,11 @@ from prunus.formats.gguf.package import package
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.gguf.vocabulary import NORMAL, add_vocabulary
 from prunus.hardware.process_state import no_stderr
-from prunus.hardware.words import name_patterns
 from prunus.model.checkpoint.files import read_json, read_limited
 from prunus.model.checkpoint.tensor_files import TensorInfo
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.words import name_patterns
 
 #: Class in transformers -> llama.cpp's name of its kind of model.
 ARCHITECTURES = {

@@ -26,8 +26,6 @@ from prunus.engine.folder import ResultFolder, remove_result
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.formats.cards import quantized_card
-from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.contents import bytes_of
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
@@ -44,6 +42,8 @@ from prunus.model.checkpoint.output_folder import check_apart
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import reader_of
 from prunus.options import Options
+from prunus.rounding.cards import quantized_card
+from prunus.rounding.compression_record import CompressionRecord
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prunus.formats.compression_record import CompressionRecord
 from prunus.formats.gguf.types import TYPES, type_for
-from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import read_json
+from prunus.rounding.compression_record import CompressionRecord
+from prunus.words import did_you_mean
 
 #: Name of a processor's instructions -> type -> nanoseconds per weight.
 SPEEDS: dict[str, dict[str, float]] = {

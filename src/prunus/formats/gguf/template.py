@@ -52,11 +52,11 @@ from prunus.formats.gguf.placements import (
     weight_shapes,
 )
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
-from prunus.formats.type_choice import Measurement
-from prunus.hardware.words import name_patterns
 from prunus.model.checkpoint.tensor_files import flat_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.rounding.type_choice import Measurement
+from prunus.words import name_patterns
 
 # Fields that only some files of a known family have, and that change what llama.cpp computes.
 _OPTIONAL = (

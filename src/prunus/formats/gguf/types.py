@@ -14,8 +14,8 @@ import torch
 
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers
 from prunus.formats.gguf.iq_codebooks import CodebookBlock
-from prunus.hardware.words import did_you_mean
-from prunus.methods.group_quantizer import GroupQuantizer
+from prunus.rounding.group_quantizer import GroupQuantizer
+from prunus.words import did_you_mean
 
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

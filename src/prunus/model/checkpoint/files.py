@@ -39,7 +39,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunus.hardware.words import reason
+from prunus.words import reason
 
 _MIB = 2**20
 #: End of a file's name -> its most bytes. Weights and other files have no limit here.

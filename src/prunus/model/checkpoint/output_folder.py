@@ -14,13 +14,13 @@ from prunus.model.checkpoint.files import (
 )
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
-from prunus.model.formats import SUFFIXES, format_of
+from prunus.model.formats import format_of, suffixes
 
 #: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.
 _MAX_BYTES = 2**30
 # Weights in any format and prunus' own files. All other files are copied next to the result.
 _NOT_AUXILIARY = {
-    ".safetensors", ".h5", ".msgpack", ".onnx", ".partial", *SUFFIXES, *PICKLE_SUFFIXES,
+    ".safetensors", ".h5", ".msgpack", ".onnx", ".partial", *suffixes(), *PICKLE_SUFFIXES,
 }  # fmt: skip
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
 # Other programs describe in files of their own how they have quantised the source.

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunus.hardware.words import did_you_mean
 from prunus.model.checkpoint.files import check_folder
 from prunus.model.config import read_config
-from prunus.model.formats import SUFFIXES, format_of, reader_of
+from prunus.model.formats import format_of, reader_of, suffixes
+from prunus.words import did_you_mean
 
 #: The file that describes an adapter.
 CONFIG_NAME = "adapter_config.json"
@@ -67,7 +67,7 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
     if name and path.exists():
         raise FileNotFoundError(
             f"{name} is {'a file' if path.is_file() else 'not a folder'}; expected the folder of a "
-            f"Hugging Face checkpoint, or a file NAME{', NAME'.join(SUFFIXES)}"
+            f"Hugging Face checkpoint, or a file NAME{', NAME'.join(suffixes())}"
         )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:

@@ -1,1 +1,0 @@
-"""What a command would do and cost, before it does anything."""

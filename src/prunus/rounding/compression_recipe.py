@@ -1,0 +1,191 @@
+"""The options of compress. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
+
+from prunus.engine.linear_options import LinearOptions
+from prunus.methods.method_options import DenseWeight
+from prunus.model.formats import FORMATS, folder_formats
+from prunus.options import Option, Range, at_least, one_of
+from prunus.words import in_bytes, parse_bytes
+
+
+class CompressionRecipe(LinearOptions):
+    """One run of compress, in the words of the command line.
+
+    Attributes:
+        bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
+        size: The most bytes of the files with weights; None with `bits` or `type`.
+        format: The format of a folder. The name of a file implies its own.
+        type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder; or a file with the
+            type of each tensor of a GGUF file: another one, or a list as llama-quantize takes it.
+            None with `bits` or `size`.
+        template: A GGUF file of the same model in full precision, as llama.cpp's converter makes
+            it. The result has its tensors, fields and tokenizer. None takes what is known of the
+            family.
+        head_bits: The bits per weight of embeddings and head, "none" to keep them as they are, or
+            None to choose their types as those of all weights.
+        rounding: "feedback" lets later columns correct the error of each, which needs all windows
+            to run through the model; "nearest" rounds each weight by itself.
+        fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
+            presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
+            the least loss, however fast it decodes.
+        dense_weight: α, see `methods/dense_targets.py`.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or options exclude each other.
+
+    >>> recipe = CompressionRecipe(bits=4)
+    >>> recipe.format, recipe.dense_weight
+    ('compressed-tensors', 0.25)
+    """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "preset": "presets are for prune",
+        "propagate": "compress always runs one pass",
+        "reconstruct": "it would train weights away from their integers",
+        "head": "it prunes the head, and head_bits compresses it",
+        **dict.fromkeys(
+            (
+                *("method", "sparsity", "sparsity_of", "pattern", "group", "allocation"),
+                "weight_update",
+            ),
+            "it removes weights, and no file of compress gets smaller by zeros; use prunus prune",
+        ),
+    }
+
+    bits: Annotated[
+        float | None,
+        Option(
+            "Store linears in N bits per weight, 1 to 9.",
+            metavar="N",
+            within=Range(lambda bits: 1 <= bits <= 9, "be from 1 to 9, such as 4 or 4.5"),
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "Write at most SIZE of weights, such as 900MB. A MB has 10^6 bytes.",
+            metavar="SIZE",
+            within=at_least(1, " byte"),
+        ),
+    ] = None
+    format: Annotated[
+        str,
+        Option(
+            "Write a folder of this format: mlx is for Macs.",
+            metavar="FORMAT",
+            within=one_of(folder_formats()),
+            suggestions=folder_formats,
+        ),
+    ] = "compressed-tensors"
+    type: Annotated[
+        str | None,
+        Option(
+            "Store linears as a type, such as Q4_K or NVFP4, or all tensors as FILE has them.",
+            metavar="TYPE",
+        ),
+    ] = None
+    template: Annotated[
+        Path | None,
+        Option(
+            "Write what this GGUF file of MODEL in full precision holds. llama.cpp's converter "
+            "makes it, of any family.",
+            metavar="FILE",
+        ),
+    ] = None
+    head_bits: Annotated[
+        int | Literal["none"] | None,
+        Option(
+            "Store embeddings and head in 4, 6, 8 bits or none.",
+            metavar="N",
+            within=one_of((4, 6, 8, "none")),
+            default="as the format chooses for the least loss",
+        ),
+    ] = None
+    rounding: Annotated[
+        Literal["feedback", "nearest"],
+        Option(
+            "Let later columns correct rounding errors (feedback), or do not (nearest). nearest is "
+            "for GGUF files and compressed-tensors: it loses more, and takes a fraction of the "
+            "time.",
+            metavar="RULE",
+        ),
+    ] = "feedback"
+    fast_on: Annotated[
+        str | None,
+        Option(
+            "Choose GGUF types that decode fast on cpu, avx2, avx512 or by times in a file. They "
+            "are nearly as fast as llama.cpp's presets of this size, and the file loses more.",
+            metavar="CPU",
+        ),
+    ] = None
+    # The figures behind these defaults are in docs/results/index.md.
+    dense_weight: DenseWeight = 0.25
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _names_folder(cls, value: Any) -> Any:
+        for entry in FORMATS:
+            if entry.suffix and entry.name == str(value).lower():
+                raise ValueError(
+                    f"{value} is the format of a file: name the output OUT{entry.suffix}, and "
+                    "leave `format` out"
+                )
+        return value
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return parse_bytes(value, 1000) if isinstance(value, str) else value
+
+    def check_fit(self) -> None:
+        """Check that exactly one option says how small, and that no option is without effect.
+
+        Raises:
+            ValueError: It does not hold; the message says what to give or to drop.
+        """
+        if (self.bits, self.size, self.type).count(None) != 2:
+            raise ValueError(
+                "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
+                "`type` of a GGUF file, such as Q4_K"
+            )
+        fields = type(self).model_fields
+        changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} would change the feedback between columns, and with "
+                "`rounding` nearest there is none: drop one of the two"
+            )
+
+    @property
+    def unused(self) -> set[str]:
+        """The options without effect: those of feedback, if there is none."""
+        return (
+            {"damping", "dense_weight", "min_expert_tokens"}
+            if self.rounding == "nearest"
+            else set()
+        )
+
+    @property
+    def rounds(self) -> str:
+        """How weights become integers."""
+        return self.rounding
+
+    @property
+    def target(self) -> str:
+        """What was asked for, in words."""
+        if self.size is not None:
+            return in_bytes(self.size)
+        return self.type or f"{self.bits:g} bits"
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The default format is not named: a file has another one.
+        default = {"format"} if self.format == type(self).model_fields["format"].default else set()
+        unused = self.unused | default
+        return {name: value for name, value in dump(self).items() if name not in unused}

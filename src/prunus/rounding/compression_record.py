@@ -1,0 +1,162 @@
+"""What compress did to a checkpoint, and what takes the bytes of the result. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeGuard
+
+from pydantic import Field, field_validator, model_validator
+
+from prunus.engine.linear_record import LinearsRecord
+from prunus.engine.run_record import RecordPart
+from prunus.model.formats import PACKED
+from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.words import in_bytes
+
+
+class FileSize(RecordPart):
+    """Bytes of the files with the weights, of the source and of the result, and what takes them.
+
+    Attributes:
+        before: Bytes of the source.
+        after: Bytes of the result.
+        parameters: The number of parameters of the source.
+        bits_per_parameter: Bits of the result per parameter, all included.
+        parts: What takes bytes of the result, for people -> how many; the largest part is first.
+    """
+
+    before: int
+    after: int
+    parameters: int
+    bits_per_parameter: float
+    parts: dict[str, int]
+
+    def sentences(self, linear_bits: float | None = None) -> list[str]:
+        """The sizes for people.
+
+        Args:
+            linear_bits: The mean of the linears, in bits per weight; None to leave it out.
+        """
+        parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
+        return [
+            f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
+            f"{self.bits_per_parameter:.2f} bits per parameter of the file"
+            + ("" if linear_bits is None else f", {linear_bits:.3f} bits per weight of the linears")
+            + ".",
+            f"It holds {', '.join(parts)}.",
+        ]
+
+
+#: What a check records of each text, as `prunus eval --reference` measures it: the mean KL
+#: divergence from the dense model in nats per token, its standard error over windows, the share of
+#: tokens for which both find the same next token most likely, and how much was scored.
+CHECKED = ("kl", "kl_stderr", "same_top", "windows", "seqlen")
+
+
+def _is_earlier(recipe: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a recipe is of a version before 0.4, in which zeros could be forced."""
+    return isinstance(recipe, dict) and "sparsity" in recipe
+
+
+def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
+    """What a template and its checkpoint do not have in common, for people.
+
+    >>> unmatched_sentences({"the template": ["rope_freqs.weight"]})
+    ['Only the template has rope_freqs.weight.']
+    """
+    return [
+        f"Not compared with what llama.cpp computes: {', '.join(names)} of config.json."
+        if which == "config.json"
+        else f"Only {which} has {', '.join(names)}."
+        for which, names in unmatched.items()
+    ]
+
+
+class CompressionRecord(LinearsRecord):
+    """The record of compress.
+
+    Attributes:
+        recipe: How the checkpoint was compressed.
+        types: Name of a linear, an embedding or a head -> its type, in formats
+            that have types.
+        unmatched: "the template" and "the checkpoint" -> names of the tensors that only one of the
+            two has, in GGUF files with a template. Those of the template are copied. Numbers in
+            names of the checkpoint are replaced by N. "config.json" -> its options of which prunus
+            does not know whether llama.cpp computes them.
+        size: Of the result; None before the end of the run.
+        check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
+            where that was not scored.
+    """
+
+    FILE: ClassVar[str] = "prunus-compress.json"
+    COMMAND: ClassVar[str] = "prunus compress"
+    FORMER = ("packed_outside",)
+
+    recipe: CompressionRecipe
+    types: dict[str, str] = Field(default_factory=dict)
+    unmatched: dict[str, list[str]] = Field(default_factory=dict)
+    size: FileSize | None = None
+    check: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_packed(cls, values: Any) -> Any:
+        """Refuse the record of a packed folder: it had no types, and its format was the default."""
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        if _is_earlier(recipe) and "format" not in recipe:
+            blocks, types = values.get("blocks"), values.get("types")
+            if values.get("packed_outside") or (blocks and not types):
+                raise ValueError(PACKED)
+        return values
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _of_this_version(cls, recipe: Any) -> Any:
+        """An earlier version's options without those of masks, which were the same for all files.
+
+        It named the bits of the head also where nobody had chosen them.
+        """
+        if not _is_earlier(recipe):
+            return recipe
+        chosen = "format" in recipe or recipe.get("head_bits") != 6
+        known = CompressionRecipe.model_fields.keys() - (set() if chosen else {"head_bits"})
+        return {name: value for name, value in recipe.items() if name in known}
+
+    def check_sentences(self) -> list[str]:
+        """What the check found, for people; empty without one."""
+        return [
+            f"KL divergence from the dense model on {text}: {check['kl']:.5f}"
+            + (f" ± {check['kl_stderr']:.5f}" if check["kl_stderr"] is not None else "")
+            + f" nats per token; the same top token for {check['same_top']:.1%} "
+            f"({check['windows']} windows of {check['seqlen']} tokens)."
+            for text, check in self.check.items()
+        ]
+
+    @property
+    def stored_types(self) -> dict[str, tuple[str, float]]:
+        """Full name of a linear -> its type and its bits per weight."""
+        return {
+            f"{block.name}.{name}": (self.types[f"{block.name}.{name}"], linear.bits or 0.0)
+            for block in self.blocks
+            for name, linear in block.linears.items()
+        }
+
+    @property
+    def what(self) -> str:
+        """What was asked for, in words."""
+        return self.recipe.target
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        kept = sum("kept_values" in linear.notes for linear in linears)
+        words = (
+            f"{kept} of {len(linears)} linears keep their values: they were those of their types "
+            "already. A larger file would lose no less in them."
+        )
+        return [
+            *([words] if kept else []),
+            *(self.size.sentences(totals.get("bits")) if self.size else []),
+            *self.check_sentences(),
+            *unmatched_sentences(self.unmatched),
+            *super()._notes(totals),
+        ]
