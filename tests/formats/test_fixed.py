@@ -118,7 +118,7 @@ HOSTILE = {
     "qwen3": ({"is_causal": False}, "is_causal = True, and this model has False"),
     "phi": ({"hidden_act": "gelu"}, "hidden_act = gelu_new or .*, and this model has gelu"),
     "gemma3_text": (
-        {"layer_types": ["full_attention"] * 2}, "at least one sliding_attention, and this model"
+        {"layer_types": ["full_attention"] * 2}, "one sliding_attention, without which it stops"
     ),
     "olmoe": (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,

@@ -173,9 +173,7 @@ def _close(value: Any, other: Any) -> bool:
     """Whether two values of fields are the same but for rounding to float32."""
     if isinstance(value, list) and isinstance(other, list):
         return len(value) == len(other) and all(map(_close, value, other))
-    if isinstance(value, float):
-        return math.isclose(value, other, rel_tol=1e-5)
-    return bool(value == other)
+    return value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-5))
 
 
 def _of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
