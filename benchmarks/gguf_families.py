@@ -11,10 +11,11 @@ these steps:
     OUT.gguf's weights, put back into the checkpoint ─► log-probabilities of transformers
     OUT.gguf, as transformers itself and as `prunus import` read it ─► log-probabilities
 
-llama.cpp and the weights must agree: the KL divergence is less than 3 % of the one to the model
-whose matrices are upside down. llama.cpp rounds activations, so that routers with random weights
-choose other experts now and then. Random weights show whether every number is in its place, and
-nothing of quality. What reads no OUT.gguf is in the table with what it said.
+llama.cpp and the weights must agree: the KL divergence is less than 3 % of the one to a wrong
+model. That has its matrices upside down; where the rotary embedding is scaled, it has the same
+matrices and no scaling. llama.cpp rounds activations, so that routers with random weights choose
+other experts now and then. Random weights show whether every number is in its place, and nothing of
+quality. What reads no OUT.gguf is in the table with what it said.
 
 --tokenizer (or PRUNUS_TOKENIZER) is a folder with a tokenizer of merged bytes, such as one that
 benchmarks/small_llama.py trained. --llama-cpp is a folder with llama.cpp, built; without it,
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from proof import CONVERT, build_llama_cpp, run
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.formats.gguf.file import GgufFile
@@ -55,13 +56,31 @@ CONTEXT, CHUNKS = 64, 2
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
 HEADS: dict[str, Any] = {"head_dim": 64}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64}
+#: Ways to scale the rotary embedding. Half of a text of CONTEXT tokens is longer than the original.
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT // 2,
+    "rope_theta": 1e4,
+}  # fmt: skip
 PLAIN = [
     "llama", "qwen2", "olmo", "olmo2", "granite", "stablelm", "starcoder2", "cohere", "arcee",
     "lfm2", "mixtral", "granitemoe", "granitemoeshared", "falcon_h1", "mamba", "bloom",
 ]  # fmt: skip
 WITH_HEADS = ["qwen3", "olmo3", "smollm3", "apertus", "seed_oss", "gpt_oss", "hunyuan_v1_dense"]
-#: Family -> options, and options of the converter. Not here are families whose converter wants a
-#: tokenizer of their own.
+GEMMA3: dict[str, Any] = HEADS | {"query_pre_attn_scalar": 64}
+#: Known families whose rotary embedding may be scaled.
+SCALED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mixtral": HEADS,
+    "qwen2": {},
+    "qwen3": HEADS,
+    "qwen2_moe": HEADS | EXPERTS,
+    "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+}
+#: Family -> options, and options of the converter. What follows + in a name is the variant of the
+#: family. Not here are families whose converter wants a tokenizer of their own.
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     **dict.fromkeys(PLAIN, ({}, [])),
     **dict.fromkeys(WITH_HEADS, (HEADS, [])),
@@ -70,9 +89,28 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # llama.cpp attends to all tokens in Mistral, and to near ones in five of six blocks of Gemma 3.
     "mistral": ({"sliding_window": None}, []),
     "gemma3_text": (
-        HEADS | {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 64},
+        GEMMA3 | {"layer_types": ["sliding_attention"] * 2},
         [],
     ),
+    # As Gemma 3 4B to 27B: only blocks that see all tokens are scaled. The converter does not write
+    # which blocks these are.
+    "gemma3_text+linear": (
+        GEMMA3
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+        [],
+    ),
+    **{
+        f"{family}+{scaling['rope_type']}": (own | {"rope_parameters": dict(scaling)}, [])
+        for family, own in SCALED.items()
+        for scaling in (LINEAR, YARN)
+    },
     "exaone4": (HEADS | {"sliding_window": None, "layer_types": ["full_attention"] * 2}, []),
     "phi": ({"num_key_value_heads": 4, "intermediate_size": 1024}, []),
     "olmoe": ({"num_key_value_heads": 4}, []),
@@ -86,7 +124,15 @@ TEXT = "The river runs through seven towns, and in each of them a bridge was bui
 def checkpoint(family: str, options: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """A tiny random model in bfloat16 with the tokenizer."""
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    model = tiny_model(family, vocab_size=len(tokenizer), **{**WIDE, **ids, **options})
+    settings = {**WIDE, **ids, **options}
+    kind, _, scaling = family.partition("+")
+    model = tiny_model(kind, vocab_size=len(tokenizer), **settings)
+    for name, parameter in model.named_parameters() if scaling else ():
+        # Sharp attention shows where positions are.
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data += 1.5
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 6
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -137,9 +183,18 @@ def of_llama_cpp(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def of_transformers(
-    folder: Path, tokens: torch.Tensor, *, flipped: bool = False, **options: str
+    folder: Path,
+    tokens: torch.Tensor,
+    *,
+    flipped: bool = False,
+    unscaled: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
     """The log-probabilities of the same positions."""
+    if unscaled:
+        options["config"] = AutoConfig.from_pretrained(folder)
+        rope = options["config"].rope_parameters
+        rope.get("full_attention", rope)["rope_type"] = "default"
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **options
     ).eval()
@@ -191,11 +246,12 @@ def measure(family: str, llama: Path, work: Path, tokenizer: Any) -> dict[str, A
     restored(folder, full, out, work / "restored")
     tokens, ours = of_llama_cpp(work / "logits")
     theirs = of_transformers(work / "restored", tokens)
-    wrong = of_transformers(work / "restored", tokens, flipped=True)
+    is_scaled = "+" in family
+    wrong = of_transformers(work / "restored", tokens, flipped=not is_scaled, unscaled=is_scaled)
     file = GgufFile.open(out)
     return {
         "kl": divergence(theirs, ours),
-        "kl_upside_down": divergence(theirs, wrong),
+        "kl_wrong": divergence(theirs, wrong),
         "same_top": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
         "bits_in_blocks": file.block_bits,
         "linears": len(record.types),
@@ -225,8 +281,8 @@ def main() -> None:
         work.mkdir()
         try:
             result = measure(family, llama, work, tokenizer)
-            passed = result["kl"] < 0.03 * result["kl_upside_down"]
-            words = f"{result['kl']:.1e} of {result['kl_upside_down']:.1e}, {result['read_back']}"
+            passed = result["kl"] < 0.03 * result["kl_wrong"]
+            words = f"{result['kl']:.1e} of {result['kl_wrong']:.1e}, {result['read_back']}"
         except Exception as fault:  # of the converter, of llama.cpp, or of the run
             passed, words = False, f"{type(fault).__name__}: {fault}".splitlines()[0][:300]
             result = {"failed": words}

@@ -16,11 +16,24 @@ from prunus.formats.mlx import FAMILIES as MLX_FAMILIES
 from refusals import assert_refused
 from tiny import COMMON, FAMILIES
 
-#: Family of transformers -> its entry in a table. The tables have one for each family.
+#: Family of transformers -> its entry in a table. The tables have one for each family that can be
+#: written ...
 GGUF = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "olmoe": "olmoe", "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3",
     "phi": "phi2", "phi3": "phi3",
+}  # fmt: skip
+#: ... and that of llama.cpp has those of which a template can be checked.
+TEMPLATES = {
+    family: family
+    for family in (
+        "apertus", "arcee", "bloom", "exaone4", "gemma", "gemma2", "granite", "granitemoe", "lfm2",
+        "mamba", "mamba2", "olmo", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    )
+} | {
+    "cohere": "command-r", "deepseek_v2": "deepseek2", "falcon_h1": "falcon-h1",
+    "gpt_oss": "gpt-oss", "hunyuan_v1_dense": "hunyuan-dense", "olmo3": "olmo2",
+    "qwen3_5_text": "qwen35",
 }  # fmt: skip
 #: What a hostile configuration may say. The first that a program does not compute is tried.
 OTHERS = ["relu", True, False, 3, 0.5, [1]]
@@ -48,7 +61,7 @@ def entries(table: Table, families: dict[str, str]) -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     ("table", "family", "entry", "option"),
-    [*entries(LLAMA_CPP, GGUF), *entries(MLX, {family: family for family in MLX})],
+    [*entries(LLAMA_CPP, GGUF | TEMPLATES), *entries(MLX, {family: family for family in MLX})],
 )
 def test_another_value_of_any_option_is_refused_by_name(table, family, entry, option):
     config = described(family)
@@ -75,7 +88,7 @@ def test_another_value_of_any_option_is_refused_by_name(table, family, entry, op
 
 def test_every_family_that_is_written_has_an_entry():
     assert MLX.keys() == MLX_FAMILIES.keys()
-    assert set(GGUF.values()) == LLAMA_CPP.keys()
+    assert {*GGUF.values(), *TEMPLATES.values()} == LLAMA_CPP.keys()
 
 
 @pytest.mark.parametrize("family", GGUF)
@@ -100,10 +113,18 @@ HOSTILE = {
     "qwen2": (
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
          "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-        "rope_type = default, and this model has llama3",
+        "rope_type = default or linear or yarn, and this model has llama3",
     ),
     "qwen3": ({"is_causal": False}, "is_causal = True, and this model has False"),
     "phi": ({"hidden_act": "gelu"}, "hidden_act = gelu_new or .*, and this model has gelu"),
+    "gemma3_text": (
+        {"layer_types": ["full_attention"] * 2}, "one sliding_attention, without which it stops"
+    ),
+    "olmoe": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+         "beta_fast": 16.0, "original_max_position_embeddings": 16}},
+        r"beta_fast = 32, and this model has 16\.0",
+    ),
 }  # fmt: skip
 
 
@@ -120,9 +141,15 @@ def test_a_checkpoint_that_llama_cpp_computes_in_another_way_is_refused(family, 
 UNLIKE = {
     "rms_norm_eps": (1e-3, "layer_norm_rms_epsilon is 1e-06, and config.json has rms_norm_eps = 0"),
     "rope_parameters": ({"rope_theta": 500.0, "rope_type": "default"}, "rope_theta = 500.0"),
+    "rope_scaling": (
+        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+        r"rope_freqs.weight is None there, and \[1\.0, .* by config.json",
+    ),
+    "max_position_embeddings": (128, "llama.context_length is 64 there, and 128 by config.json"),
     "hidden_act": ("gelu", "hidden_act = silu or swish, and this model has gelu"),
     "logits_scaling": (2.0, "logit_scale is 4, and config.json has logits_scaling = 2.0"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("option", UNLIKE)

@@ -82,6 +82,10 @@ LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
 LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5] * 4, "long_factor": [2.0] * 4,
     "original_max_position_embeddings": 32,
@@ -89,13 +93,15 @@ LONG = {
 #: Options that a file says in its own way, and transformers does not read of it.
 SAID = {
     "llama": {"rope_parameters": LLAMA_3, "attention_bias": True, "mlp_bias": True},
+    "llama, linear": {"rope_parameters": LINEAR},
+    "qwen3, yarn": {"rope_parameters": YARN},
     "gemma3_text": {
         "head_dim": 8,
         "sliding_window": 4,
         "layer_types": ["full_attention", "sliding_attention"],
         "final_logit_softcapping": 5.0,
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+            "full_attention": LINEAR,
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },

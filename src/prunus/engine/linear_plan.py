@@ -210,6 +210,7 @@ class LinearPlan(RunPlan):
         - `grid_bits`: bits of the grid that the weights lie on already, or None;
         - `rounded_before`: the same in words; empty where the weights lie on no grid;
         - `unmatched`: "the template" and "the checkpoint" -> what only one of the two has;
+          "config.json" -> options that were compared with nothing;
         - `allocation`: the rule, whether it measures the model, the mean sparsity, and for each
           rule by hand its sparsity and its numbers of linears and of weights.
         """

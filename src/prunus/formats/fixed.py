@@ -33,6 +33,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+_SLIDING = "sliding_attention"
+
 
 @dataclass(frozen=True)
 class AtLeast:
@@ -45,6 +47,19 @@ class AtLeast:
 
     def __str__(self) -> str:
         return f"{self.least} (max_position_embeddings) or more"
+
+
+@dataclass(frozen=True)
+class SomeOf:
+    """All lists with at least one entry of a kind."""
+
+    kind: str
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, list) and self.kind in value
+
+    def __str__(self) -> str:
+        return f"at least one {self.kind}, without which it stops"
 
 
 #: The values of an option that a program computes with, or how they follow from other options.
@@ -70,20 +85,37 @@ def _windows(options: Mapping[str, Any], by_layer: bool = False) -> Container[An
         options: The configuration.
         by_layer: Whether `layer_types` says which blocks have a window; else all have it.
     """
-    has_none = by_layer and "sliding_attention" not in (options.get("layer_types") or ())
+    has_none = by_layer and _SLIDING not in (options.get("layer_types") or ())
     return AtLeast(0 if has_none else options["max_position_embeddings"])
 
 
-def _gemma3_scalar(options: Mapping[str, Any]) -> Container[Any]:
-    """What Gemma 3's attention is scaled by: llama.cpp knows the model of 27B by its blocks."""
-    is_27b = options["num_hidden_layers"] == 62
+def _gemma_scalar(options: Mapping[str, Any], blocks: int) -> Container[Any]:
+    """What Gemma's attention is scaled by: llama.cpp knows the model of 27B by its blocks."""
+    is_27b = options["num_hidden_layers"] == blocks
     return _head_width(options) if is_27b else [options["head_dim"]]
 
 
-def _gemma3_layers(options: Mapping[str, Any]) -> Container[Any]:
-    """Every sixth block sees all tokens, and others have a window."""
-    kinds = ("sliding_attention", "full_attention")
-    return [[kinds[index % 6 == 5] for index in range(options["num_hidden_layers"])]]
+def _layers(
+    options: Mapping[str, Any], every: int, last: Any = "full_attention", other: Any = _SLIDING
+) -> Container[Any]:
+    """Every second block, say, is another one than the rest."""
+    kinds = (other, last)
+    return [[kinds[(index + 1) % every == 0] for index in range(options["num_hidden_layers"])]]
+
+
+def _exaone4_window(options: Mapping[str, Any]) -> Container[Any]:
+    """EXAONE 4 has windows in the model of 32B, which llama.cpp knows by its blocks."""
+    return AtLeast(1) if options["num_hidden_layers"] == 64 else []
+
+
+def full_rope(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the rotary embedding; those of full attention if there are two."""
+    return dict(options["rope_parameters"].get("full_attention", options["rope_parameters"]))
+
+
+def _yarn_attention(options: Mapping[str, Any]) -> Container[Any]:
+    """What YaRN multiplies queries and keys with where nothing else is said."""
+    return [0.1 * math.log(full_rope(options).get("factor") or 1.0) + 1.0]
 
 
 _SILU, _TANH_GELU = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -97,8 +129,20 @@ _PARTLY_ROTATED: dict[str, Values] = {
 }
 # ... and for one that says nothing else.
 _PLAIN: dict[str, Values] = _PARTLY_ROTATED | {"partial_rotary_factor": [1.0]}
+# llama.cpp has fields for some numbers of YaRN, and reads them for none of these families.
+_LINEAR_OR_YARN: dict[str, Values] = _PLAIN | {
+    "rope_type": ["default", "linear", "yarn"],
+    "attention_factor": _yarn_attention,
+    "beta_fast": [32],
+    "beta_slow": [1],
+    "extrapolation_factor": [1],
+    "mscale_all_dim": [0],
+    "truncate": [True],
+}
+# Few kinds divide frequencies by a tensor of Llama 3.
+_ALSO_LLAMA3 = _LINEAR_OR_YARN | {"rope_type": ["default", "linear", "llama3", "yarn"]}
 _BIASES: dict[str, Values] = {"attention_bias": [False], "mlp_bias": [False]}
-_NO_BIAS: dict[str, Values] = _PLAIN | _BIASES
+_NO_BIAS: dict[str, Values] = _LINEAR_OR_YARN | _BIASES
 _EXPERTS: dict[str, Values] = _NO_BIAS | {
     "decoder_sparse_step": [1],
     "mlp_only_layers": [[]],
@@ -107,8 +151,8 @@ _PHI: dict[str, Values] = _PARTLY_ROTATED | _BIASES | {"head_dim": _head_width}
 
 #: llama.cpp's name of a kind of model -> option -> values.
 LLAMA_CPP: Table = {
-    # Llama, Mistral and Mixtral. No other kind divides frequencies by a tensor of Llama 3.
-    "llama": {**_PLAIN, "rope_type": ["default", "llama3"], "sliding_window": _windows},
+    # Llama, Mistral and Mixtral.
+    "llama": {**_ALSO_LLAMA3, "sliding_window": _windows},
     "qwen2": {**_NO_BIAS, "head_dim": _head_width, "sliding_window": _BY_LAYER},
     "qwen3": {**_NO_BIAS, "sliding_window": _BY_LAYER},
     "qwen2moe": {
@@ -129,9 +173,13 @@ LLAMA_CPP: Table = {
         "tie_word_embeddings": [False],
     },
     "gemma3": {
+        # Before what holds for both kinds of blocks. Blocks with a window are not scaled.
+        "sliding_attention.rope_type": ["default"],
         **_NO_BIAS,
+        "rope_type": ["default", "linear"],
         "hidden_activation": _TANH_GELU,
-        "query_pre_attn_scalar": _gemma3_scalar,
+        "layer_types": SomeOf(_SLIDING),  # else llama.cpp stops with an assertion
+        "query_pre_attn_scalar": partial(_gemma_scalar, blocks=62),
         "attn_logit_softcapping": [],
     },
     "phi2": {
@@ -142,6 +190,45 @@ LLAMA_CPP: Table = {
         "tie_word_embeddings": [False],
     },
     "phi3": {**_PHI, "rope_type": ["default", "longrope"], "sliding_window": _windows},
+    # Those of templates alone.
+    "apertus": {**_ALSO_LLAMA3, "hidden_act": ["xielu"]},
+    "arcee": {**_ALSO_LLAMA3, "hidden_act": ["relu2"]},
+    "bloom": {"apply_residual_connection_post_layernorm": [False]},
+    **dict.fromkeys(["command-r", "falcon-h1"], _PLAIN),
+    "deepseek2": {**_PARTLY_ROTATED, "rope_type": ["default", "yarn"]},
+    "exaone4": {**_ALSO_LLAMA3, "sliding_window": _exaone4_window},
+    "gemma": {**_PLAIN, "hidden_act": ("gelu", *_TANH_GELU)},
+    "gemma2": {
+        **_PLAIN,
+        "hidden_activation": _TANH_GELU,
+        "layer_types": partial(_layers, every=2),
+        "query_pre_attn_scalar": partial(_gemma_scalar, blocks=46),
+    },
+    "gpt-oss": {
+        **_PLAIN,
+        "layer_types": partial(_layers, every=2),
+        "rope_type": ["default", "yarn"],
+        "swiglu_alpha": [1.702],
+        "swiglu_limit": [7.0],
+    },
+    "hunyuan-dense": {**_PLAIN, "rope_type": ["default", "dynamic"]},
+    **dict.fromkeys(["granite", "granitemoe"], _ALSO_LLAMA3),
+    **dict.fromkeys(["lfm2", "olmo", "seed_oss"], _LINEAR_OR_YARN),
+    "mamba": {"hidden_act": _SILU},
+    "mamba2": {"hidden_act": _SILU},
+    "olmo2": {"sliding_attention.rope_type": ["default"], **_LINEAR_OR_YARN},
+    "smollm3": {
+        **_LINEAR_OR_YARN,
+        "no_rope_layers": partial(_layers, every=4, last=0, other=1),
+        "sliding_window": _BY_LAYER,
+    },
+    **dict.fromkeys(["qwen35", "stablelm"], _PARTLY_ROTATED),
+    "starcoder2": {
+        **_PLAIN,
+        # Its exact GELU differs from the approximation of these families by less than 0.0005.
+        "hidden_act": ("gelu", *_TANH_GELU),
+        "sliding_window": _windows,
+    },
 }
 
 # Families of mlx-lm that read the scaling of the rotary embedding. Others read the rotated part.
@@ -162,7 +249,7 @@ MLX: Table = {
         "attn_logit_softcapping": [],
         "final_logit_softcapping": [],
         "hidden_activation": _TANH_GELU,
-        "layer_types": _gemma3_layers,
+        "layer_types": partial(_layers, every=6),
     },
     **dict.fromkeys(["cohere", "glm", "mamba2", "stablelm"], _PARTLY_ROTATED),
     # Its exact GELU differs from the approximation of these families by less than 0.0005.
@@ -198,6 +285,8 @@ _HELD = {
     "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "shared_expert_intermediate_size",
     "sliding_window", "tie_word_embeddings", "vocab_size",
 }  # fmt: skip
+# Those of them of which only an entry of the table says how llama.cpp computes them.
+_TABLED = {"layer_types", "rope_parameters", "sliding_window"}
 # Options of training, or of what other options say as well: they change no output.
 _WITHOUT_EFFECT = {
     "_sliding_window_pattern", "attention_dropout", "bos_token_id", "embd_pdrop", "eos_token_id",
@@ -248,14 +337,18 @@ def check_known(config: PreTrainedConfig, values: Mapping[str, Values]) -> None:
         NotImplementedError: There is one; names it and its value.
     """
     usual, options = type(config)().to_dict(), config.to_dict()
-    known = {*values, *_HELD, *_WITHOUT_EFFECT, *PreTrainedConfig().to_dict()}
-    for option in sorted(usual.keys() - known):
+    for option in sorted(usual.keys() - _known(values)):
         if options.get(option) != usual[option]:
             raise NotImplementedError(
                 f"prunus does not know whether llama.cpp computes {option} = {options[option]}, "
                 f"and usual is {usual[option]}: it cannot be written as a GGUF file. A newer "
                 "version of prunus may know"
             )
+
+
+def _known(values: Mapping[str, Values]) -> set[str]:
+    """The options of which is known how a program computes them, by its entry in a table."""
+    return {*values, *_HELD, *_WITHOUT_EFFECT, *PreTrainedConfig().to_dict()}
 
 
 # Field of a GGUF file, without its kind -> options that say the same.
@@ -278,7 +371,7 @@ _STATED = {
 
 def check_template(
     path: Path, kind: str, field: Callable[[str], Any], config: PreTrainedConfig
-) -> None:
+) -> list[str]:
     """Check that llama.cpp computes a template as transformers does the model, as far as known.
 
     Where llama.cpp's kind is in the table, the configuration must be one that it computes. Of any
@@ -290,12 +383,17 @@ def check_template(
         field: Returns the value of a field by its name; None where there is none.
         config: The configuration of the text model.
 
+    Returns:
+        The options that were compared with nothing.
+
     Raises:
         NotImplementedError: As for `check_fixed`.
         ValueError: A field and an option differ; names both.
     """
-    check_fixed("llama.cpp", "a GGUF file", config, LLAMA_CPP.get(kind, {}))
+    values = LLAMA_CPP.get(kind, {})
+    check_fixed("llama.cpp", "a GGUF file", config, values)
     options = list(_named(config.to_dict()))
+    compared = _known(values) - (set() if values else _TABLED)
     for name, names in _STATED.items():
         stated = field(f"{kind}.{name}")
         said = {
@@ -312,6 +410,9 @@ def check_template(
                 f"{path} is not a file of this model: its field {kind}.{name} is {stated:g}, and "
                 f"config.json has {first} = {value}. Give what llama.cpp's converter makes of it"
             )
+        compared |= said.keys()
+    usual = type(config)().to_dict()
+    return sorted(x for x, value in options if value and x in usual.keys() - compared)
 
 
 def _named(options: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.run_record import result_card, source_name
 from prunus.model.formats import format_of
-from prunus.rounding.compression_record import CompressionRecord
+from prunus.rounding.compression_record import CompressionRecord, unmatched_sentences
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def quantized_card(record: CompressionRecord, words: CardWords, source: Path, lo
     programs = commands(words.programs, words.path)
     lines = [f"{command}  # {program}" for program, command in programs.items()]
     lacks = record.unmatched.get("the checkpoint", [])
+    uncompared = {x: names for x, names in record.unmatched.items() if x == "config.json"}
     bits = f"{record.totals.get('bits', 0.0):.2f}"
     return result_card(
         record,
@@ -76,6 +77,7 @@ def quantized_card(record: CompressionRecord, words: CardWords, source: Path, lo
             f"`prunus eval {words.path} --reference {source_name(record)} --perplexity "
             "wikitext2,python-code` measures how far its predictions are from the original's.",
             f"Parts of the original that it lacks: {', '.join(lacks)}." if lacks else "",
+            *unmatched_sentences(uncompared),
         ],
         tags=["quantized", *words.tags],
         relation="quantized",

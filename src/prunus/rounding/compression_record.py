@@ -64,7 +64,12 @@ def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
     >>> unmatched_sentences({"the template": ["rope_freqs.weight"]})
     ['Only the template has rope_freqs.weight.']
     """
-    return [f"Only {which} has {', '.join(names)}." for which, names in unmatched.items()]
+    return [
+        f"Not compared with what llama.cpp computes: {', '.join(names)} of config.json."
+        if which == "config.json"
+        else f"Only {which} has {', '.join(names)}."
+        for which, names in unmatched.items()
+    ]
 
 
 class CompressionRecord(LinearsRecord):
@@ -76,7 +81,8 @@ class CompressionRecord(LinearsRecord):
             that have types.
         unmatched: "the template" and "the checkpoint" -> names of the tensors that only one of the
             two has, in GGUF files with a template. Those of the template are copied. Numbers in
-            names of the checkpoint are replaced by N.
+            names of the checkpoint are replaced by N. "config.json" -> its options of which prunus
+            does not know whether llama.cpp computes them.
         size: Of the result; None before the end of the run.
         check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
             where that was not scored.

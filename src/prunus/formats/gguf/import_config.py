@@ -71,12 +71,12 @@ def restore_constants(config: Any, file: GgufFile) -> None:
         _restore_gemma3(config, file)
     by_layer = getattr(config, "rope_parameters", None) or {}
     rope = by_layer.get("full_attention", by_layer)
-    scaling, original = (
-        file.get(f"{file.architecture}.rope.scaling.{x}")
-        for x in ("type", "original_context_length")
-    )
-    if scaling in ("linear", "yarn"):
-        factor = file.get(f"{file.architecture}.rope.scaling.factor", 1.0)
+    # llama.cpp takes these values where a field is missing.
+    prefix, usual = f"{file.architecture}.rope", getattr(config, "max_position_embeddings", None)
+    scaling = file.get(f"{prefix}.scaling.type", "linear")
+    factor = file.get(f"{prefix}.scaling.factor", file.get(f"{prefix}.scale_linear", 1.0))
+    original = file.get(f"{prefix}.scaling.original_context_length", usual)
+    if scaling in ("linear", "yarn") and factor not in (0.0, 1.0):
         rope |= {"rope_type": scaling, "factor": factor}
         rope |= {"original_max_position_embeddings": original} if scaling == "yarn" else {}
     if file.architecture == "phi3":

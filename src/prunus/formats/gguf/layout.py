@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known
+from prunus.formats.fixed import LLAMA_CPP, check_fixed, check_known, full_rope
 from prunus.formats.gguf.card import metadata_of
 from prunus.formats.gguf.file import GgufFile, new_fields, open_gguf
 from prunus.formats.gguf.header import GgufField
@@ -381,14 +381,31 @@ def _add_parameters(writer: Any, architecture: str, options: Mapping[str, Any]) 
                 getattr(writer, f"add_{name}")(number)
 
 
-def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the rotary embedding; those of full attention if there are two."""
-    return dict(options["rope_parameters"].get("full_attention", options["rope_parameters"]))
+def known_parameters(
+    architecture: str, options: Mapping[str, Any]
+) -> tuple[dict[str, GgufField], dict[str, torch.Tensor]]:
+    """The fields and the tensors of a known family that follow from its configuration alone."""
+    writer = new_fields(architecture)
+    tables = {x.name: x.values() for x in _rope_factors(writer, options) if x.values is not None}
+    _add_parameters(writer, architecture, options)
+    return writer.fields, tables
+
+
+def _of_scaling(options: Mapping[str, Any], name: str, kinds: Collection[str] = ("yarn",)) -> Any:
+    """A parameter of the rotary embedding if it is scaled in one of these ways; else None."""
+    rope = full_rope(options)
+    return rope.get(name) if rope.get("rope_type") in kinds else None
+
+
+def _scaling_type(options: Mapping[str, Any]) -> Any:
+    kind = _of_scaling(options, "rope_type", ("linear", "longrope", "yarn"))
+    return kind and package().RopeScalingType(kind)
 
 
 def _original_positions(options: Mapping[str, Any]) -> int:
     name = "original_max_position_embeddings"
-    return int(_rope(options).get(name) or options.get(name) or options["max_position_embeddings"])
+    rope = full_rope(options)
+    return int(rope.get(name) or options.get(name) or options["max_position_embeddings"])
 
 
 def _head_width(options: Mapping[str, Any]) -> int:
@@ -397,8 +414,8 @@ def _head_width(options: Mapping[str, Any]) -> int:
 
 def _rotated_width(options: Mapping[str, Any]) -> int:
     """The columns of a head that are rotated, of families that rotate a share of them."""
-    width = {**options, **_rope(options)}.get("partial_rotary_factor", 1.0) * options["hidden_size"]
-    return int(width) // int(options["num_attention_heads"])
+    share = {**options, **full_rope(options)}.get("partial_rotary_factor", 1.0)
+    return int(share * options["hidden_size"]) // int(options["num_attention_heads"])
 
 
 def _experts(options: Mapping[str, Any]) -> int | None:
@@ -414,6 +431,14 @@ def _sliding_blocks(options: Mapping[str, Any]) -> list[bool] | None:
 
 _ALL = frozenset(ARCHITECTURES.values())
 _PHI = frozenset({"phi2", "phi3"})
+# Fields of YaRN -> its parameters. llama.cpp reads none but the first for these families.
+_YARN = {
+    "orig_ctx_len": "original_max_position_embeddings",
+    "yarn_ext_factor": "extrapolation_factor",
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 # The parameters of known families in the order of the file: the field, by the name of the package's
 # method that adds it; the families that have it; and the option of transformers with its value, or
 # how it follows from the options. A field whose value is None is left out.
@@ -426,18 +451,21 @@ _PARAMETERS: tuple[tuple[str, Collection[str], str | Callable[[Mapping[str, Any]
     ("head_count_kv", _ALL, lambda x: x.get("num_key_value_heads") or x["num_attention_heads"]),
     ("layer_norm_eps", {"phi2"}, "layer_norm_eps"),
     ("layer_norm_rms_eps", _ALL - {"phi2"}, "rms_norm_eps"),
-    ("rope_freq_base", _ALL - {"phi2"}, lambda x: _rope(x)["rope_theta"]),
+    ("rope_freq_base", _ALL - {"phi2"}, lambda x: full_rope(x)["rope_theta"]),
     (
         "rope_freq_base_swa",
         _ALL - {"phi2"},
         lambda x: x["rope_parameters"].get("sliding_attention", {}).get("rope_theta"),
     ),
+    ("rope_scaling_type", _ALL - {"phi2"}, _scaling_type),
     (
-        "rope_scaling_type",
-        _ALL - {"phi2"},
-        lambda x: (
-            package().RopeScalingType.LONGROPE if _rope(x).get("rope_type") == "longrope" else None
-        ),
+        "rope_scaling_factor",
+        _ALL - _PHI,
+        partial(_of_scaling, name="factor", kinds=("linear", "yarn")),
+    ),
+    *(
+        (f"rope_scaling_{field}", _ALL - _PHI, partial(_of_scaling, name=option))
+        for field, option in _YARN.items()
     ),
     ("expert_count", _ALL, _experts),
     ("expert_used_count", _ALL, lambda x: _experts(x) and x["num_experts_per_tok"]),
@@ -458,7 +486,7 @@ _PARAMETERS: tuple[tuple[str, Collection[str], str | Callable[[Mapping[str, Any]
 
 def _rope_factors(writer: Any, options: Mapping[str, Any]) -> list[GgufTensor]:
     """Tensors by which frequencies of the rotary embedding are divided, where there are some."""
-    rope = _rope(options)
+    rope = full_rope(options)
     factors: dict[str, Any] = {}
     if rope.get("rope_type") == "llama3":
         factors["rope_freqs.weight"] = llama3_factors(rope, options)

@@ -25,13 +25,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunus.formats.fixed import check_template
 from prunus.formats.gguf.file import GgufFile, open_gguf
-from prunus.formats.gguf.layout import GgufLayout, GgufTensor, check_same
+from prunus.formats.gguf.header import GgufField
+from prunus.formats.gguf.layout import (
+    ARCHITECTURES,
+    GgufLayout,
+    GgufTensor,
+    check_same,
+    known_parameters,
+)
 from prunus.formats.gguf.placements import (
     ABSENT,
     COLUMNS,
@@ -49,6 +58,14 @@ from prunus.model.source import CheckpointSource
 from prunus.rounding.type_choice import Measurement
 from prunus.words import name_patterns
 
+# Fields that only some files of a known family have, and that change what llama.cpp computes.
+_OPTIONAL = (
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.type",
+)
 # The columns of a weight that can have a type are a multiple of these.
 _NARROWEST = min(kind.span for kind in TYPES.values())
 
@@ -90,13 +107,21 @@ def layout_in(
         FileNotFoundError, ValueError: As `open_template` and `placements_in`.
     """
     file = open_template(path, source.checkpoint.folder)
-    check_template(path, file.architecture, file.get, source.config.get_text_config())
+    config = source.config.get_text_config()
+    uncompared = check_template(path, file.architecture, file.get, config)
     header = file.data.read(0, file.header.size).tobytes()
     fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
     kind = f"{fingerprint}/"
     placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)
     lasting = {f"{kind}{name}": placed for name, placed in placements.items()}
     layout, digest = _with_copies(layout_by(file, placements, source, skeleton), file, path)
+    if uncompared:
+        layout.unmatched["config.json"] = uncompared
+    # The text model of one that sees is known, too.
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    if ARCHITECTURES.get(name) == file.architecture:
+        known, tables = known_parameters(file.architecture, config.to_dict())
+        layout.fields.update(_missing(file, path, known, tables))
     foreign = [x for x in layout.unmatched.get("the template", []) if not x.startswith("rope_")]
     if foreign:  # other than tables that follow from the configuration
         warnings.warn(
@@ -106,6 +131,49 @@ def layout_in(
             stacklevel=2,
         )
     return layout, Measurement(placements=lasting, copied={digest: torch.zeros(1)})
+
+
+def _missing(
+    file: GgufFile, path: Path, known: Mapping[str, GgufField], tables: Mapping[str, Tensor]
+) -> dict[str, GgufField]:
+    """The fields that a template lacks, of those that follow from the configuration.
+
+    llama.cpp's converter leaves out some, such as which blocks of Gemma 3 have a window.
+
+    Args:
+        file: The template.
+        path: Where it is.
+        known: Fields as they follow from the configuration.
+        tables: Tensors likewise, by which the rotary embedding is scaled.
+
+    Raises:
+        ValueError: The template has one of them with another value; names it.
+    """
+    kind, stated = file.architecture, file.header.fields
+    # `check_template` compares the heads.
+    names = known.keys() - {f"{kind}.attention.head_count"} | {f"{kind}.{x}" for x in _OPTIONAL}
+    theirs = {name: stated[name].value for name in names & stated.keys()}
+    theirs |= {name: file.read(name).tolist() for name in file.tensors if name.startswith("rope_")}
+    ours = {name: known[name].value for name in names & known.keys()}
+    ours |= {name: table.tolist() for name, table in tables.items()}
+    sixths = [index % 6 < 5 for index in range(file.get(f"{kind}.block_count", 0))]
+    for name in sorted(theirs.keys() | tables.keys()):
+        stands, follows = theirs.get(name), ours.get(name)
+        # Without a field, llama.cpp takes these values.
+        same = stands in (0, 1, "none", 6, sixths) if follows is None else _close(stands, follows)
+        if not same:
+            raise ValueError(
+                f"{path} is not a file of this model: {name} is {str(stands)[:80]} there, and "
+                f"{str(follows)[:80]} by config.json. Give what llama.cpp's converter makes of it"
+            )
+    return {name: field for name, field in known.items() if name not in stated}
+
+
+def _close(value: Any, other: Any) -> bool:
+    """Whether two values of fields are the same but for rounding to float32."""
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(_close, value, other))
+    return value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-5))
 
 
 def _of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
