@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from prunus.engine.linear_options import LinearOptions
+from prunus.formats.gguf.tables import PRESETS, SPEEDS, TYPE_NAMES, check_type, preset_named, times_of
 from prunus.hardware.words import in_bytes, parse_bytes
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
-from prunus.options import Option, Range, at_least, one_of
+from prunus.options import Option, Options, Range, one_of
+
+# The type that folders have, and no GGUF file.
+_OF_FOLDERS = "NVFP4"
 
 
 class CompressionRecipe(LinearOptions):
@@ -19,7 +25,8 @@ class CompressionRecipe(LinearOptions):
 
     Attributes:
         bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
-        size: The most bytes of the files with weights; None with `bits` or `type`.
+        size: The most bytes of the files with weights, or the preset of llama.cpp whose file has
+            them; None with `bits` or `type`.
         format: The format of a folder. The name of a file implies its own.
         type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder; or a file with the
             type of each tensor of a GGUF file: another one, or a list as llama-quantize takes it.
@@ -32,7 +39,7 @@ class CompressionRecipe(LinearOptions):
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
-            presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
+            presets of its size, a key of `gguf/tables.SPEEDS` or a file of measurements; None for
             the least loss, however fast it decodes.
         dense_weight: α, see `methods/dense_targets.py`.
 
@@ -67,11 +74,13 @@ class CompressionRecipe(LinearOptions):
         ),
     ] = None
     size: Annotated[
-        int | None,
+        int | str | None,
         Option(
-            "Write at most SIZE of weights, such as 900MB. A MB has 10^6 bytes.",
+            "Write at most SIZE of weights, such as 900MB, or as much as llama.cpp's preset takes, "
+            "such as Q4_K_M. A MB has 10^6 bytes.",
             metavar="SIZE",
-            within=at_least(1, " byte"),
+            within=Range(lambda x: isinstance(x, str) or x >= 1, "be at least 1 byte"),
+            suggestions=lambda: PRESETS,
         ),
     ] = None
     format: Annotated[
@@ -88,6 +97,7 @@ class CompressionRecipe(LinearOptions):
         Option(
             "Store linears as a type, such as Q4_K or NVFP4, or all tensors as FILE has them.",
             metavar="TYPE",
+            suggestions=lambda: (*TYPE_NAMES, _OF_FOLDERS),
         ),
     ] = None
     template: Annotated[
@@ -122,6 +132,7 @@ class CompressionRecipe(LinearOptions):
             "Choose GGUF types that decode fast on cpu, avx2, avx512 or by times in a file. They "
             "are nearly as fast as llama.cpp's presets of this size, and the file loses more.",
             metavar="CPU",
+            suggestions=lambda: SPEEDS,
         ),
     ] = None
     # The figures behind these defaults are in docs/results/index.md.
@@ -141,7 +152,21 @@ class CompressionRecipe(LinearOptions):
     @field_validator("size", mode="before")
     @classmethod
     def _read_size(cls, value: Any) -> Any:
-        return parse_bytes(value, 1000) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return preset_named(value) or parse_bytes(value, 1000)
+
+    @classmethod
+    def read(cls, base: Options | str | Path | None, changes: Mapping[str, Any]) -> Self:
+        """As for all options; also checks the names of `type` and `fast_on`, before a model is
+        opened. A record may name files that are not there any more, so it is not checked.
+        """
+        recipe = super().read(base, changes)
+        if recipe.type not in (None, _OF_FOLDERS) and not os.path.isfile(recipe.type):
+            check_type(recipe.type)
+        if recipe.fast_on is not None:
+            times_of(recipe.fast_on)
+        return recipe
 
     def check_fit(self) -> None:
         """Check that exactly one option says how small, and that no option is without effect.
@@ -151,8 +176,8 @@ class CompressionRecipe(LinearOptions):
         """
         if (self.bits, self.size, self.type).count(None) != 2:
             raise ValueError(
-                "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
-                "`type` of a GGUF file, such as Q4_K"
+                "give either `bits`, such as 3, the `size` of the file, such as 900MB or Q4_K_M, "
+                "or the `type` of a GGUF file, such as Q4_K"
             )
         fields = type(self).model_fields
         changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
@@ -179,6 +204,8 @@ class CompressionRecipe(LinearOptions):
     @property
     def target(self) -> str:
         """What was asked for, in words."""
+        if isinstance(self.size, str):
+            return f"the size of {self.size}"
         if self.size is not None:
             return in_bytes(self.size)
         return self.type or f"{self.bits:g} bits"

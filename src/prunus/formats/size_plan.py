@@ -148,10 +148,11 @@ class Given:
         """
         recipe, nearest = self.recipe, self.recipe.rounding == "nearest" and not takes_nearest
         of_gguf = recipe.type not in (None, *types) or recipe.template or recipe.fast_on
+        of_gguf = of_gguf or isinstance(recipe.size, str)
         if of_gguf or nearest:
             raise ValueError(
-                "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
-                "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
+                "`type`, `template`, `fast_on`, `rounding` nearest, sizes of llama.cpp's presets and "
+                "lists for llama-quantize belong to GGUF files: give the output a name that ends in .gguf, or leave them "
                 "out. `rounding` nearest, and `type` NVFP4 or MXFP4, are for compressed-tensors too"
             )
 
