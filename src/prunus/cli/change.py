@@ -58,14 +58,14 @@ def prune(
             "--minutes and --tokens are the budget of --preset max, which trains after pruning: "
             "add it, or drop them"
         )
-    chosen = Recipe.read(recipe, recipe_options)
+    chosen, how = Recipe.read(recipe, recipe_options), RunOptions.read(None, work)
     if trains:
         budget = {"minutes": minutes, "tokens": tokens}
-        _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
+        _prune_and_recover(model, output, chosen, how, budget)
         return
     from prunus.pruning.prune import Pruning
 
-    command = Pruning(model, output, chosen, RunOptions.read(None, work))
+    command = Pruning(model, output, chosen, how)
     _carry_out(command, f"{chosen.method} {output}")
 
 
@@ -89,14 +89,15 @@ def compress(
     A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
     command.
     """
+    work, recipe_options = RunOptions.pick(options)
+    chosen = CompressionRecipe.read(recipe, recipe_options)
+    how = RunOptions.read(None, work)
+    chosen.check_room(model)
     from prunus.compression.compress import Compression
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
     from prunus.formats.cards import commands
 
-    work, recipe_options = RunOptions.pick(options)
-    chosen = CompressionRecipe.read(recipe, recipe_options)
-    how = RunOptions.read(None, work)
     after = prepared_check(model, output, chosen, how) if check else None
     command = Compression(model, output, chosen, how)
     codec = command.codec
@@ -105,6 +106,10 @@ def compress(
         print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
+        if not record.check:
+            print_text(
+                f"How much {output} loses was not measured: add --check to the same command.\n"
+            )
 
 
 @with_flags(StructureRecipe, RunOptions, without=("measure_error",))
@@ -114,11 +119,11 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
+    work, recipe_options = RunOptions.pick(options)
+    chosen, how = StructureRecipe.read(recipe, recipe_options), RunOptions.read(None, work)
     from prunus.structure.shrink import Shrinking
 
-    work, recipe_options = RunOptions.pick(options)
-    chosen = StructureRecipe.read(recipe, recipe_options)
-    command = Shrinking(model, output, chosen, RunOptions.read(None, work))
+    command = Shrinking(model, output, chosen, how)
     _carry_out(command, f"shrink {output}", structure_table)
 
 
@@ -252,6 +257,9 @@ def recover(
     In mode lora, OUT is an adapter. A killed run continues with the same command. Under torchrun,
     processes split the windows of a step.
     """
+    work, of_training = RunOptions.pick(options)
+    RunOptions.read(None, work)
+    RecoveryOptions.read(None, of_training)
     from prunus.recovery.recover import recover as train
 
     title = f"{options.get('mode', 'recover')} {output}"

@@ -31,7 +31,7 @@ _SHARE_FORM = "GLOB=SHARE, such as '*.mlp.*=0.6'"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^([0-9]+):([0-9]+)\Z")
 # The options of prune that decide what given masks decide.
-_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order", "head")
+_CHOICES = ("sparsity_of", "pattern", "group", "allocation", "mask_from", "mask_order", "head")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CHECKED, CompressionRecord
-from prunus.model.checkpoint.files import read_card, write_text
+from prunus.formats.gguf.file import open_gguf
+from prunus.model.checkpoint.files import read_card, read_json, write_text
+from prunus.model.checkpoint.resolve import CONFIG_NAME
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")
@@ -61,10 +63,17 @@ def _check(
         return
     session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
     [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=None, **scoring)
+    path = result.path
+    architecture = (
+        open_gguf(path).architecture
+        if path.is_file()
+        else str(read_json(path / CONFIG_NAME).get("model_type")).removesuffix("_text")
+    )
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None
         figures = scored.divergence.as_dict() | {"windows": scored.windows, "seqlen": scored.seqlen}
         record.check[text] = {name: figures[name] for name in CHECKED}
+        record.check[text]["architecture"] = architecture
 
     def enter() -> None:
         """Enter the figures into the card and the record of the finished result."""

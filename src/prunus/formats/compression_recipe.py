@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from prunus.engine.linear_options import LinearOptions
-from prunus.formats.gguf.tables import PRESETS, SPEEDS, TYPE_NAMES, check_type, preset_named, times_of
+from prunus.formats.gguf.tables import (
+    PRESETS,
+    SPEEDS,
+    TYPE_NAMES,
+    check_type,
+    preset_named,
+    times_of,
+)
 from prunus.hardware.words import in_bytes, parse_bytes
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
@@ -168,6 +178,25 @@ class CompressionRecipe(LinearOptions):
             times_of(recipe.fast_on)
         return recipe
 
+    def check_room(self, model: str | Path) -> None:
+        """Check by the headers of a folder that `size` has room for its weights.
+
+        Only what no format can do is refused; the plan knows the exact range.
+
+        Raises:
+            ValueError: Less than one bit would be left for each weight.
+        """
+        count = 0
+        # What is wrong with a file is said when it is opened.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            count = sum(map(_weights_in, Path(model).glob("*.safetensors")))
+        if isinstance(self.size, int) and 8 * self.size < count:
+            raise ValueError(
+                f"{self.target} is not possible: {model} has {count:,} weights, so that is "
+                f"{8 * self.size / count:.2f} bits for each, and no type takes fewer than 2. "
+                f"`prunus plan {model} OUT.gguf --bits 4` says how large llama.cpp's presets are"
+            )
+
     def check_fit(self) -> None:
         """Check that exactly one option says how small, and that no option is without effect.
 
@@ -216,3 +245,11 @@ class CompressionRecipe(LinearOptions):
         default = {"format"} if self.format == type(self).model_fields["format"].default else set()
         unused = self.unused | default
         return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+def _weights_in(file: Path) -> int:
+    """How many numbers the header of a safetensors file names."""
+    with file.open("rb") as stream:
+        length = min(int.from_bytes(stream.read(8), "little"), 10**8)
+        tensors = json.loads(stream.read(length))
+    return sum(math.prod(x["shape"]) for name, x in tensors.items() if name != "__metadata__")

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.formats.compression_recipe import CompressionRecipe
+from prunus.formats.gguf.losses import comparison
 from prunus.hardware.words import in_bytes
 from prunus.model.formats import PACKED
 
@@ -39,8 +40,8 @@ class FileSize(RecordPart):
         """
         parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
         return [
-            f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
-            f"{self.bits_per_parameter:.2f} bits per parameter of the file"
+            f"The result takes {in_bytes(self.after)}, and the model took {in_bytes(self.before)}: "
+            f"{self.bits_per_parameter:.2f} bits per parameter with embeddings and head"
             + ("" if linear_bits is None else f", {linear_bits:.3f} bits per weight of the linears")
             + ".",
             f"It holds {', '.join(parts)}.",
@@ -78,8 +79,8 @@ class CompressionRecord(LinearsRecord):
             two has, in GGUF files with a template. Those of the template are copied. Numbers in
             names of the checkpoint are replaced by N.
         size: Of the result; None before the end of the run.
-        check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
-            where that was not scored.
+        check: Text -> how far the result is from the dense model, the figures of `CHECKED`, and the
+            `architecture` of the model in llama.cpp's words; empty where that was not scored.
     """
 
     FILE: ClassVar[str] = "prunus-compress.json"
@@ -122,7 +123,8 @@ class CompressionRecord(LinearsRecord):
             f"KL divergence from the dense model on {text}: {check['kl']:.5f}"
             + (f" ± {check['kl_stderr']:.5f}" if check["kl_stderr"] is not None else "")
             + f" nats per token; the same top token for {check['same_top']:.1%} "
-            f"({check['windows']} windows of {check['seqlen']} tokens)."
+            f"({check['windows']} windows of {check['seqlen']} tokens). "
+            + comparison(check["kl"], text, check.get("architecture", ""))
             for text, check in self.check.items()
         ]
 

@@ -32,6 +32,7 @@ from prunus.evaluation.eval_records import (
     PerplexityResult,
     finite,
 )
+from prunus.formats.gguf.losses import comparison
 from prunus.sweeping.results import DENSE
 
 #: Metrics of lm-eval that are shares of the rows.
@@ -120,9 +121,12 @@ def _in_short(scores: Sequence[PerplexityResult], size: dict[str, Any], dense: A
     if size.get(title) and dense.get(title):
         smaller = [f"{size[title] / dense[title]:.0%} of the size"]
     worse = [
-        f"KL {score.divergence.kl:.3f} on {_short(score)}" for score in scores if score.divergence
+        f"KL {score.divergence.kl:.3f} on {_short(score)}, the same top token for "
+        f"{score.divergence.same_top:.1%}. {comparison(score.divergence.kl, _short(score))}"
+        for score in scores
+        if score.divergence
     ]
-    return ", ".join([*smaller, *worse])
+    return ", ".join([*smaller, *worse[:1]]) + "".join(f" {words}" for words in worse[1:])
 
 
 def _short(score: PerplexityResult) -> str:

@@ -56,9 +56,8 @@ class GgufCodec(Codec):
         "LM Studio": "lms import OUT --copy",
     }
     UPLOADS: ClassVar[dict[str, str]] = {
-        "to the hub": "hf upload NAME OUT",
-        "for Ollama": "hf upload NAME BASE.Modelfile",
-        "its card": "hf upload NAME BASE.README.md README.md",
+        "to the hub": "hf upload NAME OUT && hf upload NAME BASE.Modelfile && "
+        "hf upload NAME BASE.README.md README.md",
     }
     RESULT = GgufResult
 
@@ -126,7 +125,7 @@ class GgufCodec(Codec):
         exact = sum(weight.least_lossless for weight in weights.values())
         bare = FileContents(layout, None)
         room = contents.file_bytes({}) - bare.file_bytes({})
-        if recipe.size is not None and recipe.size < others + exact <= recipe.size + room:
+        if isinstance(recipe.size, int) and recipe.size < others + exact <= recipe.size + room:
             # Weights that lose nothing are worth more than the record.
             contents, others = bare, others - room
         budget = budget_of(recipe, weights, others)
@@ -218,7 +217,7 @@ def _weights(
 
 def _without_reserve(weight: TypedWeight) -> TypedWeight:
     """A weight without the types in reserve, unless it has no others."""
-    kept = [x for x in weight.quantizers if not x.is_reserve or x is weight.lossless]
+    kept = [x for x in weight.quantizers if not TYPES[x.name].is_reserve or x is weight.lossless]
     sizes = dict(zip(weight.quantizers, weight.nbytes, strict=True))
     return replace(weight, quantizers=kept, nbytes=[sizes[x] for x in kept]) if kept else weight
 

@@ -43,7 +43,7 @@ def speeds_of(name: str) -> dict[str, float]:
     """Type -> nanoseconds per weight, from the table of this name or from a file.
 
     Args:
-        name: A key of `tables.SPEEDS`, or the path of a file that `benchmarks/type_speeds.py` wrote.
+        name: As for `times_of`.
 
     Returns:
         The times of all types of `TYPES`; very long for those that were not measured.
