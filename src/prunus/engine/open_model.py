@@ -233,8 +233,7 @@ def decide_dtype(
     if change < MAX_CHANGE:
         return (
             torch.bfloat16,
-            "the processor computes it natively, and the first block's output changes by "
-            f"{change:.2%} only",
+            f"native here, and the first block's output changes by {change:.2%} only",
         )
     return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
 

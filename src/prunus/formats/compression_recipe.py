@@ -78,7 +78,8 @@ class CompressionRecipe(LinearOptions):
     bits: Annotated[
         float | None,
         Option(
-            "Store linears in N bits per weight, 1 to 9.",
+            "Store linears in N bits per weight, 1 to 9. Folders for vLLM add scales: 4 takes up to "
+            "4.25.",
             metavar="N",
             within=Range(lambda bits: 1 <= bits <= 9, "be from 1 to 9, such as 4 or 4.5"),
         ),

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.gguf.losses import comparison
+from prunus.formats.gguf.losses import models_of, place
 from prunus.hardware.words import in_bytes
 from prunus.model.formats import PACKED
 
@@ -123,8 +123,9 @@ class CompressionRecord(LinearsRecord):
             f"KL divergence from the dense model on {text}: {check['kl']:.5f}"
             + (f" ± {check['kl_stderr']:.5f}" if check["kl_stderr"] is not None else "")
             + f" nats per token; the same top token for {check['same_top']:.1%} "
-            f"({check['windows']} windows of {check['seqlen']} tokens). "
-            + comparison(check["kl"], text, check.get("architecture", ""))
+            f"({check['windows']} windows of {check['seqlen']} tokens). In llama.cpp's formats of "
+            f"{models_of(kind := check.get('architecture', ''))}, that is "
+            f"{place(check['kl'], text, kind)}."
             for text, check in self.check.items()
         ]
 

@@ -28,8 +28,13 @@ CODE = "python-code"
 _ABOUT = 0.1
 
 
-def comparison(kl: float, text: str, architecture: str = "") -> str:
-    """How a KL divergence compares with that of formats that people know, as a sentence.
+def models_of(architecture: str = "") -> str:
+    """The models whose files of llama.cpp are compared with: of one kind, or all if it has none."""
+    return ", ".join(model for model, _ in _of(architecture))
+
+
+def place(kl: float, text: str, architecture: str = "") -> str:
+    """How a KL divergence compares with that of formats that people know.
 
     Args:
         kl: The mean, in nats per token.
@@ -37,22 +42,21 @@ def comparison(kl: float, text: str, architecture: str = "") -> str:
         architecture: llama.cpp's name of the kind of model. If no such model was measured, the
             range of all is named.
 
-    >>> comparison(0.012, "wikitext2", "qwen2")
-    "Beside llama.cpp's files of Qwen2.5-Coder-1.5B, that is more than Q8_0 (0.0008) and less than \
-Q4_K_M (0.025)."
-    >>> comparison(0.05, "c4")
-    "Beside llama.cpp's files of Qwen2.5-Coder-1.5B, Gemma 3 270M, SmolLM2-135M, that is about as \
-much as Q4_K_M (0.025 to 0.054)."
+    >>> place(0.012, "wikitext2", "qwen2")
+    'more than Q8_0 (0.0008) and less than Q4_K_M (0.025)'
+    >>> place(0.05, "c4")
+    'about as much as Q4_K_M (0.025 to 0.054)'
     """
-    of_kind = [LOSSES[architecture]] if architecture in LOSSES else [*LOSSES.values()]
-    models = ", ".join(model for model, _ in of_kind)
-    tables = [losses["code" if text == CODE else "prose"] for _, losses in of_kind]
+    tables = [losses["code" if text == CODE else "prose"] for _, losses in _of(architecture)]
     less, same, more = list[str](), list[str](), list[str]()
     for name in [x for x in tables[-1] if all(x in table for table in tables)]:
         low, high = (end(table[name] for table in tables) for end in (min, max))
-        words = f"{name} ({low}{f' to {high}' if high > low else ''})"
         near = low * (1 - _ABOUT) <= kl <= high * (1 + _ABOUT)
-        (same if near else less if kl > high else more).append(words)
+        group = same if near else less if kl > high else more
+        group.append(f"{name} ({low}{f' to {high}' if high > low else ''})")
     between = [f"more than {x}" for x in less[-1:]] + [f"less than {x}" for x in more[:1]]
-    words = f"about as much as {same[0]}" if same else " and ".join(between)
-    return f"Beside llama.cpp's files of {models}, that is {words}."
+    return f"about as much as {same[0]}" if same else " and ".join(between)
+
+
+def _of(architecture: str) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    return [LOSSES[architecture]] if architecture in LOSSES else [*LOSSES.values()]
