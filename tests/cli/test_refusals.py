@@ -82,6 +82,8 @@ OTHERS = [
     ("prune dense out --calibration gone.txt", r"gone\.txt: no such file"),
     ("prune dense out --data gone", "the data folder does not exist"),
     ("prune dense out --recipe gone.toml", r"there is no recipe file gone\.toml"),
+    ("prune dense out --masks pruned --sparsity-of *=0.5", "drop --?sparsity.of"),
+    ("compress dense out.gguf --size 1kB", "of 1.*, and no type takes fewer than 2"),
     ("prune dense out --resume", "no unfinished run in out to resume"),
     ("prune dense out --minutes 3", "--preset max"),
     ("prune dense out --json empty", "--json empty is a folder"),

@@ -92,7 +92,7 @@ def compress(
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
     how = RunOptions.read(None, work)
-    chosen.check_room(model)
+    chosen.check_early(model)
     from prunus.compression.compress import Compression
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
@@ -259,7 +259,7 @@ def recover(
     """
     work, of_training = RunOptions.pick(options)
     RunOptions.read(None, work)
-    RecoveryOptions.read(None, of_training)
+    RecoveryOptions.read(None, {"mode": "lora"} | of_training)  # which has all options
     from prunus.recovery.recover import recover as train
 
     title = f"{options.get('mode', 'recover')} {output}"

@@ -18,7 +18,6 @@ from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CHECKED, CompressionRecord
 from prunus.formats.gguf.file import open_gguf
 from prunus.model.checkpoint.files import read_card, read_json, write_text
-from prunus.model.checkpoint.resolve import CONFIG_NAME
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")
@@ -67,7 +66,7 @@ def _check(
     architecture = (
         open_gguf(path).architecture
         if path.is_file()
-        else str(read_json(path / CONFIG_NAME).get("model_type")).removesuffix("_text")
+        else str(read_json(path / "config.json").get("model_type")).removesuffix("_text")
     )
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None

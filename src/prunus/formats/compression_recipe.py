@@ -6,14 +6,13 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from prunus.engine.linear_options import LinearOptions
-from prunus.formats.gguf.tables import (
+from prunus.formats.llama_cpp import (
     PRESETS,
     SPEEDS,
     TYPE_NAMES,
@@ -24,7 +23,7 @@ from prunus.formats.gguf.tables import (
 from prunus.hardware.words import in_bytes, parse_bytes
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
-from prunus.options import Option, Options, Range, one_of
+from prunus.options import Option, Range, one_of
 
 # The type that folders have, and no GGUF file.
 _OF_FOLDERS = "NVFP4"
@@ -49,8 +48,8 @@ class CompressionRecipe(LinearOptions):
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
-            presets of its size, a key of `gguf/tables.SPEEDS` or a file of measurements; None for
-            the least loss, however fast it decodes.
+            presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
+            least loss, however fast it decodes.
         dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
@@ -78,8 +77,8 @@ class CompressionRecipe(LinearOptions):
     bits: Annotated[
         float | None,
         Option(
-            "Store linears in N bits per weight, 1 to 9. Folders for vLLM add scales: 4 takes up to "
-            "4.25.",
+            "Store linears in N bits per weight, 1 to 9. Folders for vLLM add scales: 4 takes up "
+            "to 4.25.",
             metavar="N",
             within=Range(lambda bits: 1 <= bits <= 9, "be from 1 to 9, such as 4 or 4.5"),
         ),
@@ -87,8 +86,8 @@ class CompressionRecipe(LinearOptions):
     size: Annotated[
         int | str | None,
         Option(
-            "Write at most SIZE of weights, such as 900MB, or as much as llama.cpp's preset takes, "
-            "such as Q4_K_M. A MB has 10^6 bytes.",
+            "Write at most SIZE of weights, such as 900MB or Q4_K_M. A MB has 10^6 bytes, and a "
+            "preset of llama.cpp stands for the bytes of its file.",
             metavar="SIZE",
             within=Range(lambda x: isinstance(x, str) or x >= 1, "be at least 1 byte"),
             suggestions=lambda: PRESETS,
@@ -167,26 +166,19 @@ class CompressionRecipe(LinearOptions):
             return value
         return preset_named(value) or parse_bytes(value, 1000)
 
-    @classmethod
-    def read(cls, base: Options | str | Path | None, changes: Mapping[str, Any]) -> Self:
-        """As for all options; also checks the names of `type` and `fast_on`, before a model is
-        opened. A record may name files that are not there any more, so it is not checked.
-        """
-        recipe = super().read(base, changes)
-        if recipe.type not in (None, _OF_FOLDERS) and not os.path.isfile(recipe.type):
-            check_type(recipe.type)
-        if recipe.fast_on is not None:
-            times_of(recipe.fast_on)
-        return recipe
+    def check_early(self, model: str | Path) -> None:
+        """Check the names in `type` and `fast_on`, and by the headers of a folder the `size`.
 
-    def check_room(self, model: str | Path) -> None:
-        """Check by the headers of a folder that `size` has room for its weights.
-
-        Only what no format can do is refused; the plan knows the exact range.
+        It is quick, and says nothing of a size that some format may reach: the plan knows the
+        exact range.
 
         Raises:
-            ValueError: Less than one bit would be left for each weight.
+            ValueError: A name is unknown, or less than one bit would be left for each weight.
         """
+        if self.type not in (None, _OF_FOLDERS) and not os.path.isfile(self.type):
+            check_type(self.type)
+        if self.fast_on is not None:
+            times_of(self.fast_on)
         count = 0
         # What is wrong with a file is said when it is opened.
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.formats.compression_recipe import CompressionRecipe
-from prunus.formats.gguf.losses import models_of, place
+from prunus.formats.llama_cpp_losses import models_of, place
 from prunus.hardware.words import in_bytes
 from prunus.model.formats import PACKED
 

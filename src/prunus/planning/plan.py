@@ -97,7 +97,7 @@ def plan(
         # Before what is imported for a model: an error of a value comes at once.
         checked = _RECIPES[command or default].read(recipe, given)
         if isinstance(checked, CompressionRecipe):
-            checked.check_room(model)
+            checked.check_early(model)
     plan: Any
     needs: dict[str, Any] = {}
     if fits is not None:

@@ -32,7 +32,7 @@ from prunus.evaluation.eval_records import (
     PerplexityResult,
     finite,
 )
-from prunus.formats.gguf.losses import models_of, place
+from prunus.formats.llama_cpp_losses import models_of, place
 from prunus.sweeping.results import DENSE
 
 #: Metrics of lm-eval that are shares of the rows.

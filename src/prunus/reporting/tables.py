@@ -76,7 +76,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             rows["unmatched"] = " ".join(unmatched_sentences(plan["unmatched"]))
     if plan.get("presets"):
         sizes = (f"{name} {in_bytes(nbytes)}" for name, nbytes in plan["presets"].items())
-        rows["as --size PRESET"] = ", ".join(sizes)
+        rows["presets of llama.cpp"] = ", ".join(sizes)
     if plan.get("decoding"):
         rows["decoding"] = f"{plan['decoding']:.2f} times as fast as Q4_K_M on processors, or more"
     if needs := plan.get("needs"):

@@ -23,8 +23,8 @@ from prunus.engine.document import Table, short_names, table_of
 from prunus.formats.gguf.file import RECORD_FIELD, GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.package import package
 from prunus.formats.gguf.presets import types_of
-from prunus.formats.gguf.tables import PRESETS, SHORT
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
+from prunus.formats.llama_cpp import PRESETS, SHORT
 from prunus.hardware.words import counted, in_bytes
 from prunus.methods.lattice import lossless_type
 from prunus.methods.levels import value_bits

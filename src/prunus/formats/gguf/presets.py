@@ -1,8 +1,8 @@
 """How large llama-quantize's file of a preset is, such as Q4_K_M, and which types it has.
 
-A preset gives most matrices the type of `tables.PRESETS`, and some another one, by `_RULES`. Then a
-type whose span does not divide the width of a tensor is replaced (`types.type_for`). These are the
-rules of llama.cpp in 2026 (`llama_tensor_get_type_impl`), without an importance matrix for presets
+A preset gives most matrices the type of `llama_cpp.PRESETS`, and some another one, by `_RULES`.
+Then a type whose span does not divide the width of a tensor is replaced (`types.type_for`). These
+are the rules of llama.cpp in 2026 (`llama_tensor_get_type_impl`), without an importance matrix for presets
 that do without one. Files of earlier versions can be a little smaller or larger.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.layout import GgufLayout, GgufTensor
-from prunus.formats.gguf.tables import PRESETS
 from prunus.formats.gguf.types import type_for, type_named
+from prunus.formats.llama_cpp import PRESETS
 
 # Kinds of models for which llama-quantize has other rules.
 _OTHER_RULES = ("falcon", "glm5-next")

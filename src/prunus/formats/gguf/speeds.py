@@ -1,6 +1,6 @@
 """How long llama.cpp takes for a weight of each type when it decodes, by kind of processor.
 
-The figures of `tables.SPEEDS` are nanoseconds per weight and token, measured by
+The figures of `llama_cpp.SPEEDS` are nanoseconds per weight and token, measured by
 `benchmarks/type_speeds.py` on two cores with llama-bench: only their ratios matter. They are those
 of one program and two processors, so `--fast-on` also takes a file of other measurements, as that
 script writes it.
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from prunus.formats.compression_record import CompressionRecord
-from prunus.formats.gguf.tables import UNKNOWN, times_of
 from prunus.formats.gguf.types import TYPES, type_for
+from prunus.formats.llama_cpp import UNKNOWN, times_of
 
 # What the linears of llama.cpp's presets consist of, from IQ2_XS, IQ2_M, Q2_K, Q3_K_M, Q4_K_M and
 # Q5_K_M to Q8_0: type -> share of the weights, as seen in files of Llamas. Q2_K has a little more

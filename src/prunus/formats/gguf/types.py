@@ -13,7 +13,7 @@ import torch
 
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers
 from prunus.formats.gguf.iq_codebooks import CodebookBlock
-from prunus.formats.gguf.tables import check_type
+from prunus.formats.llama_cpp import check_type
 from prunus.methods.group_quantizer import GroupQuantizer
 
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).

@@ -108,8 +108,9 @@ def times_of(name: str) -> dict[str, float]:
             times = {kind: float(entry["decode"]) for kind, entry in entries.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"`fast_on` must be {', '.join(SPEEDS)}, or a file that benchmarks/type_speeds.py "
-                f"wrote, not {name}. GPUs need no `fast_on`: there the smallest file is the fastest"
+                f"`fast_on` must be one of {', '.join(SPEEDS)}, or a file that "
+                f"benchmarks/type_speeds.py wrote, not {name}. GPUs need no `fast_on`: there the "
+                "smallest file is the fastest"
             ) from error
         for kind, time in times.items():
             # This leaves out infinity and NaN, and all from which either would follow.

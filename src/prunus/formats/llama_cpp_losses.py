@@ -10,8 +10,8 @@ from __future__ import annotations
 #: format, the least first.
 LOSSES: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     "qwen2": ("Qwen2.5-Coder-1.5B", {
-        "prose": {"Q8_0": 0.0008, "Q4_K_M": 0.025, "Q3_K_M": 0.087, "Q2_K": 0.30},
-        "code": {"Q8_0": 0.0004, "Q4_K_M": 0.015, "Q3_K_M": 0.050, "Q2_K": 0.18},
+        "prose": {"Q8_0": 0.00081, "Q4_K_M": 0.025, "Q3_K_M": 0.087, "Q2_K": 0.30},
+        "code": {"Q8_0": 0.00039, "Q4_K_M": 0.015, "Q3_K_M": 0.050, "Q2_K": 0.18},
     }),
     "gemma3": ("Gemma 3 270M", {
         "prose": {"Q8_0": 0.0036, "Q4_K_M": 0.054, "Q2_K": 0.31},
@@ -43,7 +43,7 @@ def place(kl: float, text: str, architecture: str = "") -> str:
             range of all is named.
 
     >>> place(0.012, "wikitext2", "qwen2")
-    'more than Q8_0 (0.0008) and less than Q4_K_M (0.025)'
+    'more than Q8_0 (0.00081) and less than Q4_K_M (0.025)'
     >>> place(0.05, "c4")
     'about as much as Q4_K_M (0.025 to 0.054)'
     """
