@@ -30,8 +30,8 @@ from prunus.engine.progress import Progress, pruning_step
 from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
-from prunus.formats.gguf import file as gguf_file
 from prunus.formats import llama_cpp
+from prunus.formats.gguf import file as gguf_file
 from prunus.formats.gguf import speeds
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf

@@ -384,7 +384,7 @@ class PruningOptions(MethodOptions, LinearOptions):
             check_owners(METHODS[self.method], self)
         for name, field in type(self).model_fields.items() if self.masks is not None else ():
             if name in _CHOICES and getattr(self, name) != field.default:
-                raise ValueError(f"masks fix the zeros of every linear: drop {name}")
+                raise ValueError(f"masks fix the zeros of every linear: drop `{name}`")
         if self.masks is None and self.method == "mask":
             raise ValueError(
                 "method mask removes the weights that masks name: give `masks`, a file of masks or "

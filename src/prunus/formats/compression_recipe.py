@@ -86,7 +86,7 @@ class CompressionRecipe(LinearOptions):
     size: Annotated[
         int | str | None,
         Option(
-            "Write at most SIZE of weights, such as 900MB or Q4_K_M. A MB has 10^6 bytes, and a "
+            "Write at most SIZE, such as 900MB or Q4_K_M. A MB has 10^6 bytes, and a "
             "preset of llama.cpp stands for the bytes of its file.",
             metavar="SIZE",
             within=Range(lambda x: isinstance(x, str) or x >= 1, "be at least 1 byte"),

@@ -2,8 +2,8 @@
 
 A preset gives most matrices the type of `llama_cpp.PRESETS`, and some another one, by `_RULES`.
 Then a type whose span does not divide the width of a tensor is replaced (`types.type_for`). These
-are the rules of llama.cpp in 2026 (`llama_tensor_get_type_impl`), without an importance matrix for presets
-that do without one. Files of earlier versions can be a little smaller or larger.
+are the rules of llama.cpp in 2026 (`llama_tensor_get_type_impl`), without an importance matrix for
+presets that do without one. Files of earlier versions can be a little smaller or larger.
 """
 
 from __future__ import annotations
