@@ -175,7 +175,7 @@ def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
         planned(least - 1)
     facts = dict(plan_facts(described | {"least_memory_bytes": 10**9}).items)
     assert facts["memory it needs"] == "1.00 GB"
-    assert facts["memory it takes"].startswith("at most 0.00 GB")
+    assert facts["memory it takes"].startswith("at most 0.07 GB")
 
 
 def test_inspect_gives_the_figures_of_the_function(dense, tmp_path):

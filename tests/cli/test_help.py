@@ -178,6 +178,7 @@ LINES = {
     "prunus reco": "prunus recover ",
     "prunus prune --reconstruct-": "prunus prune --reconstruct-epochs ",
     "prunus prune dense out --method magn": "prunus prune dense out --method magnitude ",
+    "prunus compress dense out.gguf --type IQ3_X": "prunus compress dense out.gguf --type IQ3_XXS ",
     "prunus inspect dense-": "prunus inspect dense-folder/",
 }
 READY = "ready> "

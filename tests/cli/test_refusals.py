@@ -82,6 +82,8 @@ OTHERS = [
     ("prune dense out --calibration gone.txt", r"gone\.txt: no such file"),
     ("prune dense out --data gone", "the data folder does not exist"),
     ("prune dense out --recipe gone.toml", r"there is no recipe file gone\.toml"),
+    ("prune dense out --masks pruned --sparsity-of *=0.5", "drop --sparsity-of$"),
+    ("compress dense out.gguf --size 1kB", "has [0-9,]+ weights, so that is 0.* bits for each"),
     ("prune dense out --resume", "no unfinished run in out to resume"),
     ("prune dense out --json empty", "--json empty is a folder"),
     ("prune dense out --json text.txt/x.json", "is not a folder that you may write to"),

@@ -119,7 +119,7 @@ def test_what_takes_the_bytes_of_the_file_is_said(dense, compressed):
     assert words in (compressed / "README.md").read_text()
     both = " ".join(size.sentences(record.all_totals()["bits"]))
     assert both in " ".join(record.table().note.splitlines())
-    each = r"[\d.]+ bits per parameter of the file, [\d.]+ bits per weight of the linears\."
+    each = r"[\d.]+ bits per parameter with embeddings and head, [\d.]+ bits per weight of the lin"
     assert re.search(each, both)
     assert both in " ".join(call("report", compressed).stdout.split())
 

@@ -37,6 +37,7 @@ from prunus.formats.gguf.result import read_record
 from prunus.formats.gguf.types import TYPES
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.files import move_file
+from prunus.rounding import llama_cpp
 from prunus.rounding.group_fits import round_in_groups
 from prunus.rounding.loss_sensitivity import LinearSensitivity
 from prunus.rounding.type_choice import Choice, choose_types
@@ -196,7 +197,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(dense, experts, tmp_p
         (dense, "mine.gguf", {"type": "Q4_K"}, "GGUF"),
         (dense, "x.gguf", {"bits": 1.5}, "1.5 bits is not possible .* 2.06 to 8.50 bits"),
         (dense, "x.gguf", {"size": 1000}, "1.0 kB is not possible .* files .* kB to .* MB"),
-        (dense, "x.gguf", {"size": 10**9}, "1.0 GB is not possible"),
+        (dense, "x.gguf", {"size": 10**9}, "1.0 GB is not possible .* take 2.06 to 8.50 bits"),
+        (dense, "folder", {"size": "Q4_K_M"}, "sizes of llama.cpp's presets .* belong to GGUF"),
         (dense, "folder", {"bits": 3, "template": tmp_path / "mine.gguf"}, ".gguf"),
         (narrow, "x.gguf", {"type": "Q4_K"}, "80 columns"),
         (gpt, "x.gguf", {"type": "Q4_K"}, "no known layout"),
@@ -367,7 +369,7 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
     assert "IQ4_XS" in {*any_time.types.values()} - {*fast.types.values()}
     assert sum("processors decode it about" in str(line) for line in said) == 2
     slow = {kind: 1.0 if kind[0] == "Q" and "K" in kind else 100.0 for kind in TYPES}
-    monkeypatch.setitem(speeds.SPEEDS, "cpu", slow | {"IQ2_XS": 1.0, "IQ2_S": 1.0, "IQ3_S": 1.0})
+    monkeypatch.setitem(llama_cpp.SPEEDS, "cpu", slow | {"IQ2_XS": 1.0, "IQ2_S": 1.0, "IQ3_S": 1.0})
     assert re.search(r"at about 0\.\d of the speed .* --fast-on cpu", speeds.advice(any_time))
     assert speeds.advice(fast) == speeds.advice(compress(one_block, "q.gguf", type="IQ4_XS")) == ""
     asked = ("--bits", 4.5, "--samples", 2, "--seqlen", 16, "--calibration", "python-docs")
@@ -387,10 +389,12 @@ def test_a_type_that_decodes_slowly_is_left_out_where_time_counts(one_block, tmp
     for options, message in (
         *refused,
         ({"fast_on": "deep.json", "bits": 4.5}, "`fast_on` must be one of .*not deep.json"),
-        ({"type": "q3_k_l"}, "q3_k_l is a preset of several types: give the `size` of such a file"),
+        ({"type": "q3_k_l"}, "q3_k_l is a preset of several types: give `size` q3_k_l"),
         ({"type": "Q4_K_M"}, "Q4_K_M is a preset of several types"),
         ({"type": "q4_k"}, "q4_k is not a type .* did you mean Q4_K"),
         ({"fast_on": "avx3", "bits": 4.5}, "one of avx2, avx512, cpu, or a file"),
+        ({"fast_on": "gpu", "bits": 4.5}, "not gpu. GPUs need no .* file is the fastest$"),
+        ({"size": "IQ1_S"}, "the size of IQ1_S is not known: give one of Q4_0, .*, or a size such"),
         ({"fast_on": "less.json", "bits": 4.5}, "less.json has no time of Q4_K"),
         ({"fast_on": "pipe.json", "bits": 4.5}, "type_speeds.py wrote, not pipe.json"),
         ({"fast_on": "avx512", "type": "Q4_K"}, "drop one of the two"),

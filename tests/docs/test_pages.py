@@ -139,8 +139,10 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
         f"Q2_K, with an importance matrix, makes {small:.0f} MB of it",
         f"prunus's file loses {third} as much**: {prose_loss} on English prose, and {code_loss} on "
         "Python code",
-        "At the size of IQ3_XXS, llama.cpp's better type nearby, it loses {:.2f} and {:.2f} as "
-        "much".format(*(x / y for x, y in compared("IQ3_XXS", "prunus"))),
+        "llama.cpp's IQ3_XXS is about as large and better than Q2_K. A prunus file of its size "
+        "loses {:.2f} (prose) and {:.2f} (code) times as much".format(
+            *(x / y for x, y in compared("IQ3_XXS", "prunus"))
+        ),
         f"On the worst of five texts, in non-Latin scripts, it loses {in_words(worst)} as much as "
         f"Q2_K ({ours:.3f} against {theirs:.3f})",
         f"At the size of Q4_K_M ({large:.0f} MB), prunus's file loses {half} as much",
@@ -148,10 +150,11 @@ def test_every_figure_of_the_readme_follows_from_the_results(plots):
             len(windows["prunus"]["hellaswag"]),
             *(windows[row]["hellaswag"].count("1") for row in ("prunus", "preset")),
         ),
-        f"`--rounding nearest` takes {times[0]} to {times[1]} of that",
+        f"`--rounding nearest` takes {times[0]} to {times[1]} of that time",
         f"on processors, files without `--fast-on` decode at {min(speeds):.2f} to "
-        f"{max(speeds):.2f} of the speed of llama.cpp's. Files with it decode at {fast[0]:.2f} to "
-        f"{fast[-1]:.2f} of it, and lose {in_words(lost[0])} to {in_words(lost[-1])} as much",
+        f"{max(speeds):.2f} of the speed of llama.cpp's. Files with `--fast-on` decode at "
+        f"{fast[0]:.2f} to {fast[-1]:.2f} of that speed. They lose more than files without it, and "
+        f"still only {in_words(lost[0])} to {in_words(lost[-1])} of what llama.cpp's lose",
         f"{pruned[0]} by [Wanda](https://arxiv.org/abs/2306.11695) (`--preset fast`), {pruned[1]} "
         f"by `--preset balanced` and {pruned[2]} by `--preset best`",
     ):
@@ -167,8 +170,8 @@ def test_the_first_command_of_the_readme_and_what_it_prints_are_those_of_a_run(p
     size, before = (run["size"][name] / 1e6 for name in ("after", "before"))
     assert run["command"] in first
     assert " ".join(shown.split()).startswith(
-        f"The file takes {size:.1f} MB, and took {before:.1f} MB before: "
-        f"{run['size']['bits_per_parameter']:.2f} bits per parameter of the file, "
+        f"The result takes {size:.1f} MB, and the model took {before:.1f} MB: "
+        f"{run['size']['bits_per_parameter']:.2f} bits per parameter with embeddings and head, "
         f"{run['bits_of_linears']:.3f} bits per weight of the linears."
     )
 

@@ -61,7 +61,7 @@ def test_the_record_the_card_and_the_file_have_what_eval_measures(
 ):
     out = tmp_path / ("x.gguf" if kind == "gguf" else "x")
     plain = tmp_path / ("plain.gguf" if kind == "gguf" else "plain")
-    compress(dense, plain, kind)
+    assert "loses was not measured: add --check" in compress(dense, plain, kind)
     output = compress(dense, out, kind, "--check")
     scores = prunus.perplexities([plain], TEXTS, reference=dense, seqlen=16, samples=3)[0]
     card = (tmp_path / "x.README.md" if kind == "gguf" else out / "README.md").read_text()
@@ -72,6 +72,7 @@ def test_the_record_the_card_and_the_file_have_what_eval_measures(
         assert (found["windows"], found["seqlen"]) == (3, 16)
         words = f"{score.divergence.kl:.5f} ± {score.divergence.kl_stderr:.5f} nats per token"
         assert words in " ".join(card.split()) and words in " ".join(output.split())
+        assert "formats of SmolLM2-135M, that is less than Q8_0" in " ".join(card.split())
     assert record_of(plain).check == {}
     # All but the record is as without the check, and nothing is scored twice.
     if kind == "gguf":

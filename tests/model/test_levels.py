@@ -123,7 +123,7 @@ def test_runs_and_plans_say_once_that_the_weights_were_rounded_before(name, bits
     ).plan()
     assert small.grid_bits == pruned.grid_bits == plan.grid_bits == bits
     assert Manifest.load(tmp_path / "pruned").grid_bits == bits
-    sentence = "rounded to about 4 bits before"
+    sentence = "come from a file of about 4 bits"
     for folder, record in (("small", small), ("pruned", pruned)):
         card = (tmp_path / folder / "README.md").read_text()
         texts = [*map(str, said), str(record.table()), card]

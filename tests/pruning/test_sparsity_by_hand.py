@@ -55,6 +55,10 @@ def test_the_first_glob_that_matches_decides_the_sparsity_of_a_linear(dense, tmp
     assert read.recipe == record.recipe and read.recipe.sparsity_of == tuple(BY_HAND.items())
     assert read.asked_sparsity == pytest.approx(read.totals["sparsity"])
     assert "was asked for" not in read.table().note
+    for (glob, share), note in zip(
+        BY_HAND.items(), read.table().note.splitlines()[-3:], strict=False
+    ):
+        assert note.startswith(f"{glob}: {share:.2%} asked for in ")
 
 
 def test_files_and_the_command_line_give_the_same_sparsities_as_python(dense, tmp_path):
@@ -157,6 +161,8 @@ def test_blocks_with_more_outliers_keep_more_weights_by_owl(dense, tmp_path, mon
         score = torch.cat(scores)
         outliers.append(float((score > 2 * score.mean()).double().mean()))
         sizes.append(len(score))
+    with pytest.raises(ValueError, match=r"owl cannot keep sparsity 0\.97: it would remove 10\d"):
+        allocate_by_outliers(outliers, sizes, 0.97)
     expected = allocate_by_outliers(outliers, sizes, 0.7)
     assert len(set(expected)) == BLOCKS
     for block, sparsity in zip(record.blocks, expected, strict=True):

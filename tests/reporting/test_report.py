@@ -428,7 +428,9 @@ def test_an_evaluation_says_first_how_much_smaller_and_worse_a_model_is(tmp_path
     file = write(tmp_path / "e.json", content)
     first = report([file]).sections[0].parts[0]
     assert first.headline
-    assert first.items == (("a", "25% of the size, KL 0.500 on wikitext2"),)
+    assert first.items == (
+        ("a", "25% of the size, KL 0.500 and the same top token for 75.0% on wikitext2"),
+    )
 
 
 def test_an_evaluation_without_sizes_has_no_charts(tmp_path):

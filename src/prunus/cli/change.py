@@ -34,11 +34,11 @@ def prune(model: Model, output: Output, *, recipe: RecipeFile = None, **options:
 
     A killed run continues with the same command. Under torchrun, processes share the work.
     """
+    work, recipe_options = RunOptions.pick(options)
+    chosen, how = Recipe.read(recipe, recipe_options), RunOptions.read(None, work)
     from prunus.pruning.prune import Pruning
 
-    work, recipe_options = RunOptions.pick(options)
-    chosen = Recipe.read(recipe, recipe_options)
-    command = Pruning(model, output, chosen, RunOptions.read(None, work))
+    command = Pruning(model, output, chosen, how)
     _carry_out(command, f"{chosen.method} {output}")
 
 
@@ -62,14 +62,15 @@ def compress(
     A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
     command.
     """
+    work, recipe_options = RunOptions.pick(options)
+    chosen = CompressionRecipe.read(recipe, recipe_options)
+    how = RunOptions.read(None, work)
+    chosen.check_early(model)
     from prunus.compression.compress import Compression
     from prunus.distributed import is_rank_0
     from prunus.evaluation.check import prepared_check
     from prunus.rounding.cards import commands
 
-    work, recipe_options = RunOptions.pick(options)
-    chosen = CompressionRecipe.read(recipe, recipe_options)
-    how = RunOptions.read(None, work)
     after = prepared_check(model, output, chosen, how) if check else None
     command = Compression(model, output, chosen, how)
     codec = command.codec
@@ -78,6 +79,10 @@ def compress(
         print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
+        if not record.check:
+            print_text(
+                f"How much {output} loses was not measured: add --check to the same command.\n"
+            )
 
 
 @with_flags(StructureRecipe, RunOptions, without=("measure_error",))
@@ -87,11 +92,11 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
+    work, recipe_options = RunOptions.pick(options)
+    chosen, how = StructureRecipe.read(recipe, recipe_options), RunOptions.read(None, work)
     from prunus.structure.shrink import Shrinking
 
-    work, recipe_options = RunOptions.pick(options)
-    chosen = StructureRecipe.read(recipe, recipe_options)
-    command = Shrinking(model, output, chosen, RunOptions.read(None, work))
+    command = Shrinking(model, output, chosen, how)
     _carry_out(command, f"shrink {output}", structure_table)
 
 
@@ -202,6 +207,9 @@ def recover(
     In mode lora, OUT is an adapter. A killed run continues with the same command. Under torchrun,
     processes split the windows of a step.
     """
+    work, of_training = RunOptions.pick(options)
+    RunOptions.read(None, work)
+    RecoveryOptions.read(None, {"mode": "lora"} | of_training)  # which has all options
     from prunus.recovery.recover import recover as train
 
     title = f"{options.get('mode', 'recover')} {output}"

@@ -54,13 +54,6 @@ def evaluate(
     Several models are shown in one table. --reference also says how far each model is from the
     dense one. Under torchrun, processes share windows and rows, and each holds the whole model.
     """
-    from prunus.distributed import process_group
-    from prunus.evaluation.inspection import stored_size
-    from prunus.evaluation.model_input import check_reference, find_model
-    from prunus.evaluation.perplexity import check_text, perplexities
-    from prunus.evaluation.task_runner import prepare_tasks
-    from prunus.reporting.evaluation_sections import evaluation_section
-
     models = list(dict.fromkeys(models))
     texts = _chosen_texts(perplexity, tasks, reference)
     work = {"rank_timeout": options.pop("rank_timeout", None)}
@@ -69,7 +62,15 @@ def evaluate(
     of_text, _ = TextOptions.pick(options)
     of_tasks, _ = TaskOptions.pick(options)
     checked = TextOptions.read(None, of_text)
+    TaskOptions.read(None, of_tasks)
     trusted = checked.trust_remote_code
+    from prunus.distributed import process_group
+    from prunus.evaluation.inspection import stored_size
+    from prunus.evaluation.model_input import check_reference, find_model
+    from prunus.evaluation.perplexity import check_text, perplexities
+    from prunus.evaluation.task_runner import prepare_tasks
+    from prunus.reporting.evaluation_sections import evaluation_section
+
     for text in texts:
         check_text(text, checked.data)
     for model in models:
@@ -162,14 +163,15 @@ def sweep(
 
     A killed sweep continues when you give the same command again.
     """
-    from prunus.reporting.sweep_section import check_section, sweep_section
     from prunus.sweeping.grid import Sweep
+
+    chosen, how = Sweep.read(file, {"models": models}), RunOptions.read(None, options)
+    from prunus.reporting.sweep_section import check_section, sweep_section
     from prunus.sweeping.sweep import check_sweep
     from prunus.sweeping.sweep import sweep as run_sweep
 
     if check:
-        chosen = Sweep.read(file, {"models": models})
-        results = check_sweep(chosen, output, RunOptions.read(None, options), file.name)
+        results = check_sweep(chosen, output, how, file.name)
     else:
         results = run_sweep(file, output, models=models or (), progress=note, **options)
     print_result(results, check_section(results) if check else sweep_section(results))

@@ -7,9 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from prunus.compression.fit import plan_to_fit
-from prunus.compression.type_rounding import write_lists
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.options import one_of, takes
 from prunus.pruning.recipe import Recipe
@@ -26,6 +23,8 @@ COMMANDS = {
     "recover": "prunus.recovery.recover:Recovering",
     "import": "prunus.formats.gguf.import_checkpoint:Importing",
 }
+# Name of a command -> its options, of commands that take a file of them.
+_RECIPES = {"prune": Recipe, "compress": CompressionRecipe, "shrink": StructureRecipe}
 # Options that belong to one command: the first of these that is given says which one is planned.
 _TELLING = {
     "compress": ("bits", "size", "type"),
@@ -90,14 +89,24 @@ def plan(
     if written:
         # llama-quantize rounds each weight by itself.
         given = {"rounding": "nearest"} | given
+    default = "compress" if written or fits is not None else _command_of(given | of_command)
+    one_of([*COMMANDS]).check("command", command or default)
+    if fits is None and (command or default) in _RECIPES:
+        # Before what is imported for a model: an error of a value comes at once.
+        checked = _RECIPES[command or default].read(recipe, given)
+        if isinstance(checked, CompressionRecipe):
+            checked.check_early(model)
+    # These import torch, which takes seconds.
+    from prunus.compression.fit import plan_to_fit
+    from prunus.compression.type_rounding import write_lists
+    from prunus.engine.run import run_verb
+
     plan: Any
     needs: dict[str, Any] = {}
     if fits is not None:
         memory = parse_bytes(fits, 1000) if isinstance(fits, str) else fits
         plan, needs = plan_to_fit(str(model), output, (recipe, given), how, memory, context)
     else:
-        default = "compress" if written else _command_of(given | of_command)
-        one_of([*COMMANDS]).check("command", command or default)
         module, _, name = COMMANDS[command or default].partition(":")
         kind = getattr(import_module(module), name)
         run = kind.of(model, output, recipe, {**work, **given}, **of_command)
@@ -106,7 +115,8 @@ def plan(
         described = plan.describe(write_lists(plan, lists[0], lists[1], progress))
     else:
         described = plan.describe()
-    described |= {"written": written, "needs": needs, "seconds": None}
+    described |= {"command": command or default, "written": written, "needs": needs}
+    described["seconds"] = None
     if not (written or needs):
         # What was planned until now is planned by the run too.
         planning = time.perf_counter() - started

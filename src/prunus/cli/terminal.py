@@ -95,11 +95,7 @@ def user_errors(afterwards: str) -> Iterator[None]:
         return
     try:
         with _warnings_as_lines():
-            from transformers.utils import logging
-
-            # Progress bars and warnings of transformers stay off standard error.
-            logging.disable_progress_bar()
-            logging.set_verbosity_error()
+            _silence_transformers()
             _check_json_file()
             yield
     except _CORRECTABLE as error:
@@ -127,12 +123,24 @@ def user_errors(afterwards: str) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def _silence_transformers() -> None:
+    """Keep progress bars and warnings of transformers off standard error, without importing it."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    else:
+        os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """While active, a warning of prunus is one line on standard error, of rank 0 alone."""
-    from prunus.distributed import is_rank_0
 
     def show(message: Any, category: Any, filename: str, *place: Any) -> None:
+        from prunus.distributed import is_rank_0
+
         if not Path(filename).is_relative_to(Path(__file__).parents[1]):
             shown(message, category, filename, *place)
         elif is_rank_0():

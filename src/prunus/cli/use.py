@@ -31,6 +31,7 @@ def generate(
 
     The text appears while the model writes it.
     """
+    WritingOptions.read(None, options)
     from prunus.evaluation.generation import generate as generate_pieces
 
     pieces = []

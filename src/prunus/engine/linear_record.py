@@ -252,10 +252,9 @@ class LinearsRecord(BlockwiseRecord):
             lines.append(f"the model had {share:.1%} zeros already")
         if self.grid_bits is not None:
             lines.append(
-                f"The weights of the model were rounded to about {self.grid_bits} bits before this "
-                "run: beside formats of as many bits it compares better than ordinary weights "
-                "would, and the size before is that of unpacked weights (benchmarks/dither.py "
-                "makes fair ones of a GGUF file)."
+                f"The weights seem to come from a file of about {self.grid_bits} bits. So results "
+                "of as many bits look better than they are; benchmarks/dither.py makes fair "
+                "weights of a GGUF file. The size before is that of unpacked weights."
             )
         blocks = tuple(f"{block.name}." for block in self.blocks)
         unused = [name for name in self.left_dense if not name.startswith(blocks)]

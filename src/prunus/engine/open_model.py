@@ -226,14 +226,14 @@ def decide_dtype(
         name = str(stored).removeprefix("torch.")
         return torch.float32, f"the checkpoint is stored in {name}"
     if needs == "gram" and not adds_ridge:
-        return torch.float32, "the method inverts Gram matrices of little damping"
+        return torch.float32, "rounding errors of bfloat16 would grow in this method"
     if not native_bfloat16():
         return torch.float32, "this processor has no native bfloat16"
     change = _trial(source, skeleton, trust_remote_code)
     if change < MAX_CHANGE:
         return (
             torch.bfloat16,
-            f"native, and changes the first block's output by {change:.2%} only",
+            f"native here, and the first block's output changes by {change:.2%} only",
         )
     return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
 

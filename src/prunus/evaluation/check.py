@@ -14,7 +14,8 @@ from prunus.engine.run_record import extended_card
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
-from prunus.model.checkpoint.files import read_card, write_text
+from prunus.formats.gguf.file import open_gguf
+from prunus.model.checkpoint.files import read_card, read_json, write_text
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CHECKED, CompressionRecord
 
@@ -61,10 +62,17 @@ def _check(
         return
     session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
     [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=None, **scoring)
+    path = result.path
+    architecture = (
+        open_gguf(path).architecture
+        if path.is_file()
+        else str(read_json(path / "config.json").get("model_type")).removesuffix("_text")
+    )
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None
         figures = scored.divergence.as_dict() | {"windows": scored.windows, "seqlen": scored.seqlen}
         record.check[text] = {name: figures[name] for name in CHECKED}
+        record.check[text]["architecture"] = architecture
 
     def enter() -> None:
         """Enter the figures into the card and the record of the finished result."""

@@ -218,6 +218,9 @@ def allocate_by_outliers(
     Returns:
         The sparsity of each layer.
 
+    Raises:
+        ValueError: A layer would lose all its weights.
+
     >>> [round(value, 2) for value in allocate_by_outliers([0.0, 1.0, 4.0, 3.0], [1] * 4, 0.7)]
     [0.78, 0.74, 0.62, 0.66]
     """
@@ -226,7 +229,13 @@ def allocate_by_outliers(
         return [sparsity] * len(outliers)
     kept = [2 * spread * (value - low) / (high - low) for value in outliers]
     mean = math.fsum(k * n for k, n in zip(kept, weights, strict=True)) / sum(weights)
-    return [sparsity + mean - value for value in kept]
+    shares = [sparsity + mean - value for value in kept]
+    if max(shares) >= 1:
+        raise ValueError(
+            f"allocation owl cannot keep sparsity {sparsity:g}: it would remove "
+            f"{max(shares):.1%} of a block; lower `sparsity`, or choose uniform or fisher"
+        )
+    return shares
 
 
 def allocate_by_error(

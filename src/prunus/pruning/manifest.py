@@ -5,13 +5,15 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 from prunus.engine.linear_record import LinearsRecord, calibration_words
 from prunus.engine.run_record import result_card, source_name
-from prunus.methods.allocation import ALLOCATION_NAMES
+from prunus.methods.allocation import ALLOCATION_NAMES, shares_by_hand
 from prunus.pruning.recipe import Recipe
+from prunus.words import counted
 
 # A sparsity that differs less than this from the one that was asked for is the same for people.
 _SAME_SPARSITY = 0.0005
@@ -53,8 +55,35 @@ class Manifest(LinearsRecord):
         """Whether people would see that this sparsity is not the one that was asked for."""
         return self.recipe.masks is None and abs(reached - self.asked_sparsity) >= _SAME_SPARSITY
 
+    def _by_hand(self) -> list[str]:
+        """Each sparsity that was given by hand, and the linears that have it."""
+        blocks = [
+            {f"{block.name}.{name}": x for name, x in block.linears.items()}
+            for block in self.blocks
+        ]
+        linears = {name: x for block in blocks for name, x in block.items()}
+        heads = self.allocation.keys() - linears.keys() if self.head else set[str]()
+        linears |= {name: self.head for name in heads if self.head}
+        weights = {name: math.prod(x.shape) for name, x in linears.items()}
+        shares = shares_by_hand(
+            self.recipe.sparsity_of,
+            [{name: weights[name] for name in block} for block in blocks],
+            self.recipe.sparsity,
+            outside={name: weights[name] for name in heads},
+        )
+        lines = []
+        for share in shares:
+            count = counted(len(share.weights), "linear")
+            zeros = sum(linears[x].zeros for x in share.weights) / sum(share.weights.values())
+            lines.append(
+                f"{share.rule}: {share.sparsity:.2%} asked for in {count}, {zeros:.2%} zeros"
+            )
+        return lines
+
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         lines, asked, reached = super()._notes(totals), self.asked_sparsity, totals["sparsity"]
+        if self.state == "finished" and self.recipe.sparsity_of:
+            lines += self._by_hand()
         if self.state != "finished" or not self.misses(reached):
             return lines
         if reached < asked:

@@ -25,7 +25,7 @@ _SHARE_FORM = "GLOB=SHARE, such as '*.mlp.*=0.6'"
 # N:M, such as 2:4.
 _PATTERN = re.compile(r"^([0-9]+):([0-9]+)\Z")
 # The options that decide what given masks decide.
-_CHOICES = ("pattern", "group", "allocation", "mask_from", "mask_order", "head")
+_CHOICES = ("sparsity_of", "pattern", "group", "allocation", "mask_from", "mask_order", "head")
 
 
 class PruningOptions(MethodOptions, LinearOptions):
@@ -271,7 +271,7 @@ class PruningOptions(MethodOptions, LinearOptions):
             check_owners(METHODS[self.method], self)
         for name, field in type(self).model_fields.items() if self.masks is not None else ():
             if name in _CHOICES and getattr(self, name) != field.default:
-                raise ValueError(f"masks fix the zeros of every linear: drop {name}")
+                raise ValueError(f"masks fix the zeros of every linear: drop `{name}`")
         if self.masks is None and self.method == "mask":
             raise ValueError(
                 "method mask removes the weights that masks name: give `masks`, a file of masks or "

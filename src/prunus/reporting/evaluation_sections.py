@@ -32,6 +32,7 @@ from prunus.evaluation.eval_records import (
     PerplexityResult,
     finite,
 )
+from prunus.rounding.llama_cpp_losses import models_of, place
 from prunus.sweeping.results import DENSE
 
 #: Metrics of lm-eval that are shares of the rows.
@@ -80,6 +81,18 @@ def evaluation_section(content: dict[str, Any]) -> Section:
         dense = _size(reference)
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
+        parts.insert(
+            1,
+            Facts(
+                f"Beside llama.cpp's formats of {models_of()}",
+                tuple(
+                    (f"{names[x]}, {_short(score)}", place(score.divergence.kl, _short(score)))
+                    for x, of_model in scores.items()
+                    for score in of_model
+                    if score.divergence
+                ),
+            ),
+        )
     on_tasks = {
         names[model]: {f"{task}, {metric}": of["figure"] for (task, metric), of in metrics.items()}
         for model, metrics in tasks.items()
@@ -120,7 +133,10 @@ def _in_short(scores: Sequence[PerplexityResult], size: dict[str, Any], dense: A
     if size.get(title) and dense.get(title):
         smaller = [f"{size[title] / dense[title]:.0%} of the size"]
     worse = [
-        f"KL {score.divergence.kl:.3f} on {_short(score)}" for score in scores if score.divergence
+        f"KL {score.divergence.kl:.3f} and the same top token for {score.divergence.same_top:.1%} "
+        f"on {_short(score)}"
+        for score in scores
+        if score.divergence
     ]
     return ", ".join([*smaller, *worse])
 

@@ -5,6 +5,7 @@ Records of pruning and inspections have a method `table` of their own, which not
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prunus.document import Facts, Table, items_of, table_of
@@ -13,6 +14,9 @@ from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.rounding.compression_record import FileSize, unmatched_sentences
 from prunus.words import about, counted, in_bytes
 
+# Bytes that a process takes in a run beside what is planned: libraries that are loaded later, the
+# text, and memory that is free and not returned. A run of a tiny model takes 50 MB of them.
+_LOADED = 2**26
 # Value of the option `bos` -> what a plan says of it, before a tokenizer is loaded.
 _BOS_OF_PLAN = {
     "auto": "if the tokenizer puts it before a text",
@@ -43,12 +47,13 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
     if "hidden_states" not in plan:
         # No hidden states: the command takes no windows through the blocks.
         return Facts(
-            "Plan", items_of({key.replace("_", " "): _shown(key, plan[key]) for key in plan})
+            _title(plan), items_of({key.replace("_", " "): _shown(key, plan[key]) for key in plan})
         )
+    peak = math.ceil((plan["peak_memory_bytes"] + _LOADED) / 1e7) / 100
     rows = {
         "blocks": plan["blocks"],
         **(_of_linears(plan) if "linears" in plan else _of_parts(plan)),
-        "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
+        "computation": f"{plan['dtype']} on {plan['device']}: {plan['dtype_reason']}",
         "windows per forward pass": plan["batch"],
         "BOS first in windows": _BOS_OF_PLAN[plan["bos"]],
         "hidden states": (
@@ -56,10 +61,7 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
             f"{counted(plan['blocks_in_lockstep'], 'block')} in lockstep"
         ),
         "memory it needs": f"{plan['least_memory_bytes'] / 1e9:.2f} GB",
-        "memory it takes": (
-            f"at most {plan['peak_memory_bytes'] / 1e9:.2f} GB, to be faster; --memory SIZE sets "
-            "less"
-        ),
+        "memory it takes": (f"at most {peak:.2f} GB, to be faster; --memory SIZE sets less"),
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"time": about(plan["seconds"])} if plan.get("seconds") is not None else {}),
@@ -71,6 +73,9 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         rows["result"], rows["parts of it"] = FileSize(**file).sentences(plan.get("bits"))
         if plan.get("unmatched"):
             rows["unmatched"] = " ".join(unmatched_sentences(plan["unmatched"]))
+    if plan.get("presets"):
+        sizes = (f"{name} {in_bytes(nbytes)}" for name, nbytes in plan["presets"].items())
+        rows["presets of llama.cpp"] = ", ".join(sizes)
     if plan.get("decoding"):
         rows["decoding"] = f"{plan['decoding']:.2f} times as fast as Q4_K_M on processors, or more"
     if needs := plan.get("needs"):
@@ -85,7 +90,14 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
                 f"nothing: the model as it is takes {in_bytes(needs['dense'])} and fits too. "
                 "convert_hf_to_gguf.py of llama.cpp writes it"
             )
-    return Facts("Plan", items_of(rows))
+    return Facts(_title(plan), items_of(rows))
+
+
+def _title(plan: dict[str, Any]) -> str:
+    """What is planned, and how the other command is."""
+    command = plan.get("command", "")
+    more = "; --bits, --size, --type or --fits plan a compress" if command == "prune" else ""
+    return f"Plan of prunus {command}{more}"
 
 
 def _of_linears(plan: dict[str, Any]) -> dict[str, Any]:

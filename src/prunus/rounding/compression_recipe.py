@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,8 +14,19 @@ from pydantic import SerializerFunctionWrapHandler, field_validator, model_seria
 from prunus.engine.linear_options import LinearOptions
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
-from prunus.options import Option, Range, at_least, one_of
+from prunus.options import Option, Range, one_of
+from prunus.rounding.llama_cpp import (
+    PRESETS,
+    SPEEDS,
+    TYPE_NAMES,
+    check_type,
+    preset_named,
+    times_of,
+)
 from prunus.words import in_bytes, parse_bytes
+
+# The type that folders have, and no GGUF file.
+_OF_FOLDERS = "NVFP4"
 
 
 class CompressionRecipe(LinearOptions):
@@ -19,7 +34,8 @@ class CompressionRecipe(LinearOptions):
 
     Attributes:
         bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
-        size: The most bytes of the files with weights; None with `bits` or `type`.
+        size: The most bytes of the files with weights, or the preset of llama.cpp whose file has
+            them; None with `bits` or `type`.
         format: The format of a folder. The name of a file implies its own.
         type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder; or a file with the
             type of each tensor of a GGUF file: another one, or a list as llama-quantize takes it.
@@ -32,8 +48,8 @@ class CompressionRecipe(LinearOptions):
         rounding: "feedback" lets later columns correct the error of each, which needs all windows
             to run through the model; "nearest" rounds each weight by itself.
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
-            presets of its size, a key of `gguf/speeds.SPEEDS` or a file of measurements; None for
-            the least loss, however fast it decodes.
+            presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
+            least loss, however fast it decodes.
         dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
@@ -61,17 +77,20 @@ class CompressionRecipe(LinearOptions):
     bits: Annotated[
         float | None,
         Option(
-            "Store linears in N bits per weight, 1 to 9.",
+            "Store linears in N bits per weight, 1 to 9. Folders for vLLM add scales: 4 takes up "
+            "to 4.25.",
             metavar="N",
             within=Range(lambda bits: 1 <= bits <= 9, "be from 1 to 9, such as 4 or 4.5"),
         ),
     ] = None
     size: Annotated[
-        int | None,
+        int | str | None,
         Option(
-            "Write at most SIZE of weights, such as 900MB. A MB has 10^6 bytes.",
+            "Write at most SIZE, such as 900MB or Q4_K_M. A MB has 10^6 bytes, and a "
+            "preset of llama.cpp stands for the bytes of its file.",
             metavar="SIZE",
-            within=at_least(1, " byte"),
+            within=Range(lambda x: isinstance(x, str) or x >= 1, "be at least 1 byte"),
+            suggestions=lambda: PRESETS,
         ),
     ] = None
     format: Annotated[
@@ -88,6 +107,7 @@ class CompressionRecipe(LinearOptions):
         Option(
             "Store linears as a type, such as Q4_K or NVFP4, or all tensors as FILE has them.",
             metavar="TYPE",
+            suggestions=lambda: (*TYPE_NAMES, _OF_FOLDERS),
         ),
     ] = None
     template: Annotated[
@@ -122,6 +142,7 @@ class CompressionRecipe(LinearOptions):
             "Choose GGUF types that decode fast on cpu, avx2, avx512 or by times in a file. They "
             "are nearly as fast as llama.cpp's presets of this size, and the file loses more.",
             metavar="CPU",
+            suggestions=lambda: SPEEDS,
         ),
     ] = None
     # The figures behind these defaults are in docs/results/index.md.
@@ -141,7 +162,33 @@ class CompressionRecipe(LinearOptions):
     @field_validator("size", mode="before")
     @classmethod
     def _read_size(cls, value: Any) -> Any:
-        return parse_bytes(value, 1000) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return preset_named(value) or parse_bytes(value, 1000)
+
+    def check_early(self, model: str | Path) -> None:
+        """Check the names in `type` and `fast_on`, and by the headers of a folder the `size`.
+
+        It is quick, and says nothing of a size that some format may reach: the plan knows the
+        exact range.
+
+        Raises:
+            ValueError: A name is unknown, or less than one bit would be left for each weight.
+        """
+        if self.type not in (None, _OF_FOLDERS) and not os.path.isfile(self.type):
+            check_type(self.type)
+        if self.fast_on is not None:
+            times_of(self.fast_on)
+        count = 0
+        # What is wrong with a file is said when it is opened.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            count = sum(map(_weights_in, Path(model).glob("*.safetensors")))
+        if isinstance(self.size, int) and 8 * self.size < count:
+            raise ValueError(
+                f"{self.target} is not possible: {model} has {count:,} weights, so that is "
+                f"{8 * self.size / count:.2f} bits for each, and no type takes fewer than 2. "
+                f"`prunus plan {model} OUT.gguf --bits 4` says how large llama.cpp's presets are"
+            )
 
     def check_fit(self) -> None:
         """Check that exactly one option says how small, and that no option is without effect.
@@ -151,8 +198,8 @@ class CompressionRecipe(LinearOptions):
         """
         if (self.bits, self.size, self.type).count(None) != 2:
             raise ValueError(
-                "give either `bits`, such as 3, the `size` of the file, such as 900MB, or the "
-                "`type` of a GGUF file, such as Q4_K"
+                "give either `bits`, such as 3, the `size` of the file, such as 900MB or Q4_K_M, "
+                "or the `type` of a GGUF file, such as Q4_K"
             )
         fields = type(self).model_fields
         changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
@@ -179,6 +226,8 @@ class CompressionRecipe(LinearOptions):
     @property
     def target(self) -> str:
         """What was asked for, in words."""
+        if isinstance(self.size, str):
+            return f"the size of {self.size}"
         if self.size is not None:
             return in_bytes(self.size)
         return self.type or f"{self.bits:g} bits"
@@ -189,3 +238,11 @@ class CompressionRecipe(LinearOptions):
         default = {"format"} if self.format == type(self).model_fields["format"].default else set()
         unused = self.unused | default
         return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+def _weights_in(file: Path) -> int:
+    """How many numbers the header of a safetensors file names."""
+    with file.open("rb") as stream:
+        length = min(int.from_bytes(stream.read(8), "little"), 10**8)
+        tensors = json.loads(stream.read(length))
+    return sum(math.prod(x["shape"]) for name, x in tensors.items() if name != "__metadata__")

@@ -11,6 +11,7 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.model.formats import PACKED
 from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.llama_cpp_losses import models_of, place
 from prunus.words import in_bytes
 
 
@@ -39,8 +40,8 @@ class FileSize(RecordPart):
         """
         parts = [f"{in_bytes(nbytes)} of {what}" for what, nbytes in self.parts.items()]
         return [
-            f"The file takes {in_bytes(self.after)}, and took {in_bytes(self.before)} before: "
-            f"{self.bits_per_parameter:.2f} bits per parameter of the file"
+            f"The result takes {in_bytes(self.after)}, and the model took {in_bytes(self.before)}: "
+            f"{self.bits_per_parameter:.2f} bits per parameter with embeddings and head"
             + ("" if linear_bits is None else f", {linear_bits:.3f} bits per weight of the linears")
             + ".",
             f"It holds {', '.join(parts)}.",
@@ -84,8 +85,8 @@ class CompressionRecord(LinearsRecord):
             names of the checkpoint are replaced by N. "config.json" -> its options of which prunus
             does not know whether llama.cpp computes them.
         size: Of the result; None before the end of the run.
-        check: Text -> how far the result is from the dense model, the figures of `CHECKED`; empty
-            where that was not scored.
+        check: Text -> how far the result is from the dense model, the figures of `CHECKED`, and the
+            `architecture` of the model in llama.cpp's words; empty where that was not scored.
     """
 
     FILE: ClassVar[str] = "prunus-compress.json"
@@ -128,7 +129,9 @@ class CompressionRecord(LinearsRecord):
             f"KL divergence from the dense model on {text}: {check['kl']:.5f}"
             + (f" ± {check['kl_stderr']:.5f}" if check["kl_stderr"] is not None else "")
             + f" nats per token; the same top token for {check['same_top']:.1%} "
-            f"({check['windows']} windows of {check['seqlen']} tokens)."
+            f"({check['windows']} windows of {check['seqlen']} tokens). In llama.cpp's formats of "
+            f"{models_of(kind := check.get('architecture', ''))}, that is "
+            f"{place(check['kl'], text, kind)}."
             for text, check in self.check.items()
         ]
 

@@ -147,12 +147,14 @@ class Given:
             ValueError: The recipe has one of them.
         """
         recipe, nearest = self.recipe, self.recipe.rounding == "nearest" and not takes_nearest
-        of_gguf = recipe.type not in (None, *types) or recipe.template or recipe.fast_on
+        of_gguf = recipe.type not in (None, *types) or isinstance(recipe.size, str)
+        of_gguf = bool(of_gguf or recipe.template or recipe.fast_on)
         if of_gguf or nearest:
             raise ValueError(
-                "`type`, `template`, `fast_on`, `rounding` nearest and lists for llama-quantize "
-                "belong to GGUF files: give the output a name that ends in .gguf, or leave them "
-                "out. `rounding` nearest, and `type` NVFP4 or MXFP4, are for compressed-tensors too"
+                "`type`, `template`, `fast_on`, `rounding` nearest, sizes of llama.cpp's presets "
+                "and lists for llama-quantize belong to GGUF files: give the output a name that "
+                "ends in .gguf, or leave them out. `rounding` nearest, and `type` NVFP4 or MXFP4, "
+                "are for compressed-tensors too"
             )
 
     def typed(
@@ -395,7 +397,11 @@ class SizePlan(Storage):
 
     def said(self, choice: TypeChoice) -> str:
         """What to tell people once the types are chosen; empty for nothing."""
-        return ""
+        if self.tensors is None:
+            return ""
+        weight, *_ = self.weights.values()
+        size = self.size(self.file_bytes(), parts_of(self.given, self.tensors))
+        return size.sentences(weight.quantizers[0].bits)[0]
 
     def check_lists(self, paths: Sequence[Path]) -> None:
         """Check that lists for llama-quantize can be written to these files.
@@ -472,7 +478,7 @@ def budget_of(recipe: CompressionRecipe, weights: Mapping[str, TypedWeight], oth
 
     Without both, each weight has its smallest type.
     """
-    if recipe.size is not None:
+    if isinstance(recipe.size, int):
         return recipe.size - others
     if recipe.bits is not None:
         return int(recipe.bits * weights_in(weights) / 8)

@@ -22,31 +22,21 @@ import torch
 from prunus.document import Table, short_names, table_of
 from prunus.formats.gguf.file import RECORD_FIELD, GgufFile, check_extra, open_gguf
 from prunus.formats.gguf.package import package
+from prunus.formats.gguf.presets import types_of
 from prunus.formats.gguf.types import PLAIN_DTYPES, TYPES
 from prunus.model.levels import value_bits
 from prunus.rounding.lattice import lossless_type
+from prunus.rounding.llama_cpp import PRESETS, SHORT
 from prunus.words import counted, in_bytes
 
-# Preset -> the types that it gives to matrices (`llama_tensor_get_type_impl`), but for Q6_K, which
-# any of them may give to the head.
-_PRESETS = {
-    "F32": "", "F16": "", "BF16": "", "Q4_0": "Q4_0 Q4_1", "Q4_1": "Q4_1", "Q5_0": "Q5_0 Q5_1",
-    "Q5_1": "Q5_1", "Q8_0": "Q8_0", "MXFP4_MOE": "MXFP4 Q8_0",
+# Presets that prunus does not know or that have no types -> the types that they give to matrices.
+_OTHERS = {
+    **dict.fromkeys(PLAIN_DTYPES, ""),
     "TQ1_0": "TQ1_0 Q4_K", "TQ2_0": "TQ2_0 Q4_K",
-    "Q2_K_S": "Q2_K Q4_K", "Q2_K": "Q2_K Q3_K Q4_K",
-    "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K Q4_K Q5_K", "Q3_K_L": "Q3_K Q4_K Q5_K",
-    "Q4_K_S": "Q4_K Q5_K", "Q4_K_M": "Q4_K Q5_K Q6_K",
-    "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K Q6_K", "Q6_K": "Q6_K",
     "IQ1_S": "IQ1_S IQ2_XXS Q2_K Q4_K Q5_K", "IQ1_M": "IQ1_M IQ2_XXS Q2_K Q4_K Q5_K",
-    "IQ2_XXS": "IQ2_XXS Q2_K Q4_K Q5_K", "IQ2_XS": "IQ2_XS Q2_K Q4_K Q5_K",
-    "IQ2_S": "IQ2_XS IQ3_S Q4_K Q5_K", "IQ2_M": "IQ2_S IQ3_S Q4_K Q5_K",
-    "IQ3_XXS": "IQ3_XXS IQ2_S IQ3_S Q3_K Q4_K Q5_K", "IQ3_XS": "IQ3_S IQ3_XXS Q4_K",
-    "IQ3_S": "IQ3_S Q4_K", "IQ3_M": "IQ3_S Q4_K",
-    "IQ4_XS": "IQ4_XS Q5_K", "IQ4_NL": "IQ4_NL Q5_K",
 }  # fmt: skip
-# What llama-quantize takes these names for.
-_SHORT = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-_IN_NAME = re.compile(rf"(?<![A-Z\d])({'|'.join([*_PRESETS, *_SHORT])})(?![A-Z\d_])", re.IGNORECASE)
+_NAMES = "|".join([*PRESETS, *SHORT, *_OTHERS])
+_IN_NAME = re.compile(rf"(?<![A-Z\d])({_NAMES})(?![A-Z\d_])", re.IGNORECASE)
 # Type -> what replaces it if its span does not divide a width (`tensor_type_fallback`). Earlier
 # versions of llama.cpp have IQ4_NL for Q2_K and Q3_K.
 _REPLACEMENTS = {
@@ -58,8 +48,6 @@ _REPLACEMENTS = {
 _IMPORTANCES = "quantize.imatrix."
 # Weights of a linear in which a grid is looked for: 256 blocks.
 _SAMPLE = 2**13
-# The number of experts with which llama-quantize gives attention more bits.
-_EIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -221,7 +209,7 @@ def _presets_of(path: Path, file: GgufFile) -> dict[str, str]:
     """The presets that the name of a file and its field say, the name first."""
     presets = {}
     if found := _IN_NAME.findall(path.name.upper()):
-        presets["name"] = _SHORT.get(found[-1], found[-1])
+        presets["name"] = SHORT.get(found[-1], found[-1])
     with contextlib.suppress(ValueError):  # no number of a preset that is known
         name = package().LlamaFileType(file.get("general.file_type")).name
         presets["general.file_type"] = re.sub("^(MOSTLY|ALL)_", "", name)
@@ -230,12 +218,12 @@ def _presets_of(path: Path, file: GgufFile) -> dict[str, str]:
 
 def _compare(file: GgufFile, preset: str | None) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The tensors with larger types than a preset's, and how many have which other types."""
-    if preset not in _PRESETS:
+    if preset not in {*PRESETS, *_OTHERS}:
         return [], {}
     gguf, replaced, others = package(), [], Counter[str]()
-    usual = {"Q6_K", *_PRESETS[preset].split(), *PLAIN_DTYPES}
-    if file.get(f"{file.architecture}.expert_count") == _EIGHT:
-        usual |= {"Q5_K", "Q8_0"}
+    experts = file.get(f"{file.architecture}.expert_count", 0)
+    given = types_of(preset, experts) if preset in PRESETS else _OTHERS[preset].split()
+    usual = {"Q6_K", *given, *PLAIN_DTYPES}
     for name, tensor in file.tensors.items():
         kind, columns = tensor.tensor_type.name, tensor.shape[0]
         if kind in usual:

@@ -22,6 +22,7 @@ from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
 from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
+from prunus.formats.gguf.presets import preset_bytes
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
@@ -56,9 +57,8 @@ class GgufCodec(Codec):
         "LM Studio": "lms import OUT --copy",
     }
     UPLOADS: ClassVar[dict[str, str]] = {
-        "to the hub": "hf upload NAME OUT",
-        "for Ollama": "hf upload NAME BASE.Modelfile",
-        "its card": "hf upload NAME BASE.README.md README.md",
+        "to the hub": "hf upload NAME OUT && hf upload NAME BASE.Modelfile && "
+        "hf upload NAME BASE.README.md README.md",
     }
     RESULT = GgufResult
 
@@ -95,6 +95,9 @@ class GgufCodec(Codec):
             sources = {name for tensor in layout.tensors for name in tensor.sources}
             limited = given.selection.limited(given.skeleton, lambda x: f"{x}.weight" in sources)
             given = replace(given, selection=limited)
+        if isinstance(recipe.size, str):
+            recipe = recipe.model_copy(update={"size": _size_of(recipe.size, layout)})
+            given = replace(given, recipe=recipe)
         linears, contents = given.linears, FileContents(layout, len(given.linears))
         for names in (tensor.modules for tensor in layout.tensors):
             if len({name in linears for name in names}) > 1:
@@ -112,7 +115,8 @@ class GgufCodec(Codec):
             needed = kinds.keys() if recipe.head_bits is None else linears.keys()
             source = given.source.checkpoint.folder
             kinds |= types_in(Path(recipe.type or ""), source, layout.tensors, needed)
-        weights = _weights(given, layout, kinds, with_reserve=False)
+        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
+        weights = _weights(given, layout, kinds, with_reserve=recipe.fast_on is None)
         # Those of any types will do.
         others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
             padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
@@ -120,14 +124,9 @@ class GgufCodec(Codec):
         exact = sum(weight.least_lossless for weight in weights.values())
         bare = FileContents(layout, None)
         room = contents.file_bytes({}) - bare.file_bytes({})
-        if recipe.size is not None and recipe.size < others + exact <= recipe.size + room:
+        if isinstance(recipe.size, int) and recipe.size < others + exact <= recipe.size + room:
             # Weights that lose nothing are worth more than the record.
             contents, others = bare, others - room
-        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
-        if recipe.fast_on is None and budget_of(recipe, weights, others) < sum(
-            min(weight.nbytes) for weight in weights.values()
-        ):
-            weights = _weights(given, layout, kinds, with_reserve=True)
         budget = budget_of(recipe, weights, others)
         words = CardWords(
             "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
@@ -157,6 +156,9 @@ class GgufCodec(Codec):
         if recipe.fast_on is not None:
             plan = replace(plan, most_time=plan.preset_time_of_budget())
         plan.check_reach("a GGUF file")
+        usual = {name: _without_reserve(weight) for name, weight in weights.items()}
+        if sum(min(weight.nbytes) for weight in usual.values()) <= budget:
+            plan = replace(plan, weights=usual)
         return plan
 
     @staticmethod
@@ -212,6 +214,28 @@ def _weights(
     return weights
 
 
+def _without_reserve(weight: TypedWeight) -> TypedWeight:
+    """A weight without the types in reserve, unless it has no others."""
+    kept = [x for x in weight.quantizers if not TYPES[x.name].is_reserve or x is weight.lossless]
+    sizes = dict(zip(weight.quantizers, weight.nbytes, strict=True))
+    return replace(weight, quantizers=kept, nbytes=[sizes[x] for x in kept]) if kept else weight
+
+
+def _size_of(preset: str, layout: GgufLayout) -> int:
+    """The bytes of llama-quantize's file of a preset.
+
+    Raises:
+        ValueError: llama-quantize has other rules for models of this kind.
+    """
+    sizes = preset_bytes(layout)
+    if preset not in sizes:
+        raise ValueError(
+            f"what {preset} takes is not known for models of this kind: give `size` in bytes, such "
+            "as 900MB"
+        )
+    return sizes[preset]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufPlan(SizePlan):
     """The plan of a GGUF file.
@@ -257,13 +281,21 @@ class GgufPlan(SizePlan):
         return self.contents.file_bytes(choice.types) if choice else super().file_bytes()
 
     def describe(self, choice: TypeChoice | None = None) -> dict[str, object]:
-        """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan."""
+        """The size of the file, what takes it, and its speed in units of Q4_K_M's, for a plan.
+
+        Also how large llama.cpp's presets are.
+        """
         if choice is None and self.given.recipe.type:
             choice = self.choose(Measurement())
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
         size = self.size(self.file_bytes(choice), parts).model_dump()
-        return {"file": size, "decoding": self._speed(types), "lossless": self.lossless}
+        return {
+            "file": size,
+            "decoding": self._speed(types),
+            "lossless": self.lossless,
+            "presets": preset_bytes(self.contents.layout),
+        }
 
     def said(self, choice: TypeChoice) -> str:
         """How many bytes of the file have each type, and how fast it decodes on a processor."""

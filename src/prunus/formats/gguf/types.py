@@ -7,7 +7,6 @@ ggml-common.h), and the tests decode them with the package `gguf` as well.
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers
 from prunus.formats.gguf.iq_codebooks import CodebookBlock
 from prunus.rounding.group_quantizer import GroupQuantizer
-from prunus.words import did_you_mean
+from prunus.rounding.llama_cpp import check_type
 
 # The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -156,8 +155,6 @@ PLAIN = {
 }
 #: Name of such a type -> its dtype.
 PLAIN_DTYPES = {name: dtype for dtype, (name, _, _) in PLAIN.items()}
-# Whether a name is one of llama-quantize's mixes, such as Q4_K_M, unless it is a type.
-_PRESET = re.compile(r"(UD-)?I?Q[2-8]_(K_)?(XS|S|M|L|XL)", re.IGNORECASE).fullmatch
 #: Types of weights that are those of the model, or nearly so.
 FULL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 #: Name of a type -> the type.
@@ -175,17 +172,7 @@ def type_named(name: str) -> GgufType:
     Raises:
         ValueError: There is none; the message lists those that there are.
     """
-    if name not in TYPES and name.upper() not in TYPES and _PRESET(name):
-        raise ValueError(
-            f"{name} is a preset of several types: give the `size` of such a file, and prunus "
-            f"chooses the types, or one of {', '.join(TYPES)} for all linears"
-        )
-    if name not in TYPES:
-        raise ValueError(
-            f"{name} is not a type that prunus writes: give one of {', '.join(TYPES)}, or a file "
-            "with the types of all tensors"
-            f"{did_you_mean(name, TYPES)}"
-        )
+    check_type(name)
     return TYPES[name]
 
 
