@@ -195,7 +195,6 @@ OTHERS = [
     ("plan dense X.GGUF", "X.GGUF is the name of a .gguf file, and the result is a folder"),
     ("shrink dense x.gguf --blocks 1", "x.gguf .* is a folder: choose another"),
     ("recover pruned x.gguf --mode masked", "x.gguf .* the result is a folder"),
-    ("x.gguf .* the result is a folder",),
     # Files that never end, or that nobody writes to.
     ("prune dense out --method fifo.py:mine", "fifo.py is a FIFO; expected a regular file"),
     ("prune dense out --recipe fifo.py", "fifo.py is a FIFO; expected a regular file"),
