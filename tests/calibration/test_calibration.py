@@ -486,7 +486,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(ask, why, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.urlopen", ask)
     monkeypatch.setattr("prunus.model.checkpoint.hub._WAIT", 0.1)
-    monkeypatch.setattr("prunus.model.checkpoint.hub._last", None)
+    monkeypatch.setattr("prunus.model.checkpoint.hub._last", {})
     monkeypatch.delenv("PRUNUS_DATA", raising=False)
     why = why or "no route"
     message = rf"c4 could not be loaded .*{why}.* need no network: python-docs, .*PRUNUS_DATA"

@@ -385,7 +385,6 @@ def test_without_network_the_error_offers_local_datasets(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("prunus.calibration.corpora.no_answer", lambda: "")
     assert_refused(
         OSError, r"rows of rte could not be loaded .*no route.*PRUNUS_DATA", load_tasks, ["rte"]
     )

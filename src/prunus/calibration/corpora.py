@@ -16,8 +16,8 @@ import platform
 import sys
 import sysconfig
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -289,43 +289,25 @@ def _library_modules(part: Part) -> list[Path]:
 
 
 def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
-    """The documents of a data set on the hub; a row is read when it is indexed."""
-    from datasets import load_dataset
+    """The documents of a data set on the hub; a row is read when it is indexed.
 
-    remedy = (
-        "These sources need no network: python-docs, python-code, a file of text, and a data "
-        f"folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
-    )
-    with loading_from_hub(name, remedy):
-        # The column is not a list: a shard of C4 never lies in memory as Python strings.
-        column: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
-    return column
-
-
-@contextmanager
-def loading_from_hub(what: str, remedy: str) -> Iterator[None]:
-    """A `with` block in which the library `datasets` loads rows from the hub.
-
-    Where the hub gives no answer, the library uses only what was downloaded earlier.
-
-    Args:
-        what: What is loaded, for the error.
-        remedy: What to do instead, as a sentence.
-
-    Raises:
-        OSError: Anything fails.
+    Where the hub gives no answer, only what was downloaded earlier is used.
     """
-    from datasets import config
+    from datasets import config, load_dataset
 
     silent = no_answer()
     try:
         with replaced(config, "HF_HUB_OFFLINE", True) if silent else nullcontext():
-            yield
+            # The column is not a list: a shard of C4 never lies in memory as Python strings.
+            column: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
         cause = OSError(silent) if silent else error
         raise OSError(
-            f"{what} could not be loaded from the hub ({reason(cause)}). {remedy}"
+            f"{name} could not be loaded from the hub ({reason(cause)}). These "
+            "sources need no network: python-docs, python-code, a file of text, and a "
+            f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
         ) from cause
+    return column
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> Any:

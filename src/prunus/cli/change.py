@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
-from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
+from prunus.cli.terminal import (
+    is_quiet,
+    note,
+    print_result,
+    print_text,
+    progress_console,
+    shown_steps,
+)
 from prunus.engine.run_options import RunOptions
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.options import ADVANCED
@@ -23,6 +30,9 @@ from prunus.structure.structure_record import StructureRecipe
 
 if TYPE_CHECKING:
     from prunus.engine.run import Command
+    from prunus.engine.session import Session
+
+    _Begun = tuple[Command[Any, Any], Callable[[Any, Session], None] | None]
 
 # Options of `plan` that only recover has, in the first panel of its own help.
 _OF_RECOVER = ("mode", "text", "tokens", "minutes")
@@ -63,10 +73,14 @@ def prune(
         budget = {"minutes": minutes, "tokens": tokens}
         _prune_and_recover(model, output, chosen, RunOptions.read(None, work), budget)
         return
-    from prunus.pruning.prune import Pruning
+    how = RunOptions.read(None, work)
 
-    command = Pruning(model, output, chosen, RunOptions.read(None, work))
-    _carry_out(command, f"{chosen.method} {output}")
+    def begin(_: Session) -> _Begun:
+        from prunus.pruning.prune import Pruning
+
+        return Pruning(model, output, chosen, how), None
+
+    _carry_out(begin, output, f"{chosen.method} {output}")
 
 
 @with_flags(CompressionRecipe, RunOptions, rare=("head_bits",))
@@ -89,19 +103,24 @@ def compress(
     A folder is for vLLM, SGLang and transformers, or for MLX. A killed run continues with the same
     command.
     """
-    from prunus.compression.compress import Compression
-    from prunus.distributed import is_rank_0
-    from prunus.evaluation.check import prepared_check
-    from prunus.formats.cards import commands
-
     work, recipe_options = RunOptions.pick(options)
     chosen = CompressionRecipe.read(recipe, recipe_options)
     how = RunOptions.read(None, work)
-    after = prepared_check(model, output, chosen, how) if check else None
-    command = Compression(model, output, chosen, how)
-    codec = command.codec
-    record = _carry_out(command, f"{chosen.target} {output}", after=after)
+
+    def begin(session: Session) -> _Begun:
+        from prunus.compression.compress import Compression
+        from prunus.evaluation.check import prepared_check
+
+        after = prepared_check(model, output, chosen, how, session) if check else None
+        return Compression(model, output, chosen, how), after
+
+    record = _carry_out(begin, output, f"{chosen.target} {output}")
+    from prunus.distributed import is_rank_0
+    from prunus.formats.cards import commands
+    from prunus.formats.codec import codec_for
+
     if is_rank_0():
+        codec = codec_for(output, chosen)
         print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
@@ -114,33 +133,39 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     OUT is an ordinary checkpoint with a smaller configuration, so it loads wherever the family
     loads. A killed run continues with the same command.
     """
-    from prunus.structure.shrink import Shrinking
-
     work, recipe_options = RunOptions.pick(options)
     chosen = StructureRecipe.read(recipe, recipe_options)
-    command = Shrinking(model, output, chosen, RunOptions.read(None, work))
-    _carry_out(command, f"shrink {output}", structure_table)
+    how = RunOptions.read(None, work)
+
+    def begin(_: Session) -> _Begun:
+        from prunus.structure.shrink import Shrinking
+
+        return Shrinking(model, output, chosen, how), None
+
+    _carry_out(begin, output, f"shrink {output}", structure_table)
 
 
 def _carry_out(
-    command: Command[Any, Any],
+    begin: Callable[[Session], _Begun],
+    output: Path,
     title: str,
     table: Callable[[Any], Any] = lambda record: record.table(),
-    after: Callable[[Any, Any], None] | None = None,
 ) -> Any:
     """Carry out a command with a progress bar, print its record as a table, and return it.
 
     Args:
-        command: What is done.
+        begin: Returns the command, and `after` of `carry_out`. It loads what the command needs,
+            which takes seconds, so it is called when the bar is there.
+        output: The result.
         title: Title of the progress bar.
         table: From the record to its table.
-        after: As for `carry_out`.
     """
-    from prunus.engine.run import carry_out
-    from prunus.engine.session import Session
+    with shown_steps(show_pruning(title, progress_console()), output) as callbacks:
+        from prunus.engine.run import carry_out
+        from prunus.engine.session import Session
 
-    with shown_steps(show_pruning(title, progress_console()), command.output) as callbacks:
-        session = Session(announce=callbacks["announce"], report=callbacks["report"])
+        session = Session(**callbacks)
+        command, after = begin(session)
         record = carry_out(command, session, after)
     print_result(record, table(record))
     return record
@@ -158,6 +183,7 @@ def _prune_and_recover(
         how: The options of the run.
         budget: `minutes` and `tokens` of the training; None is a flag that is not given.
     """
+    note("loading libraries, then the text and the model of the training")
     from prunus.recovery.max_preset import max_run
 
     pruning = show_pruning(f"{recipe.method} {output}", progress_console())
@@ -252,9 +278,16 @@ def recover(
     In mode lora, OUT is an adapter. A killed run continues with the same command. Under torchrun,
     processes split the windows of a step.
     """
-    from prunus.recovery.recover import recover as train
-
     title = f"{options.get('mode', 'recover')} {output}"
     with shown_steps(show_recovery(title, progress_console()), output) as callbacks:
-        record = train(model, output, teacher=teacher, progress=callbacks["report"], **options)
+        from prunus.recovery.recover import recover as train
+
+        record = train(
+            model,
+            output,
+            teacher=teacher,
+            progress=callbacks["report"],
+            announce=callbacks["announce"],
+            **options,
+        )
     print_result(record, recovery_table(record))

@@ -152,6 +152,7 @@ def carry_out_held(
 ) -> _Record:
     """Carry out a command whose result this run holds, and go on with an `earlier` run."""
     started, result = time.perf_counter(), command.result
+    session.tell(f"reading the configuration of {command.model_name}, and checking what is to do")
     with fail_together():
         # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
         inputs: Any = getattr(earlier, "inputs", None)

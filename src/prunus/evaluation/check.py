@@ -10,13 +10,14 @@ from typing import Any
 from prunus.distributed import on_rank_0
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_record import extended_card
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
+from prunus.formats.cards import checked_card
 from prunus.formats.codec import codec_for
 from prunus.formats.compression_recipe import CompressionRecipe
 from prunus.formats.compression_record import CHECKED, CompressionRecord
 from prunus.model.checkpoint.files import read_card, write_text
+from prunus.model.device import choose_device
 
 #: What is scored: prose and code. No calibration reads these parts of both texts.
 TEXTS = ("wikitext2", "python-code")
@@ -26,7 +27,7 @@ _TOKENS = 8192
 
 
 def prepared_check(
-    model: str, output: Path, recipe: CompressionRecipe, options: RunOptions
+    model: str, output: Path, recipe: CompressionRecipe, options: RunOptions, session: Session
 ) -> Callable[[CompressionRecord, Session], None]:
     """What scores the result of a run at its end, for `after` of `carry_out`.
 
@@ -37,11 +38,13 @@ def prepared_check(
         output: The result.
         recipe: The recipe of the run.
         options: The options of the run.
+        session: Who hears that the texts are read.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand.
     """
     result = codec_for(output, recipe).RESULT(output, CompressionRecord)
+    session.tell(f"reading {' and '.join(TEXTS)}, on which the result is scored in the end")
     for text in TEXTS:
         load_scoring_text(text, options.data)
     scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})
@@ -59,8 +62,17 @@ def _check(
     """Score a result, and enter the figures into its record, its file and its card."""
     if record.check:
         return
-    session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
-    [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=None, **scoring)
+    what, device = f"scoring the result beside {model}", choose_device(scoring["device"])
+    count, before = session.preparing(what, 100 * len(TEXTS), device), 0
+
+    def report(done: int, total: int) -> None:
+        """Count each text in percent, as far as this rank has scored its windows."""
+        nonlocal before
+        percent = 100 * done // total
+        count(percent - before if percent >= before else percent)
+        before = percent
+
+    [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=report, **scoring)
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None
         figures = scored.divergence.as_dict() | {"windows": scored.windows, "seqlen": scored.seqlen}
@@ -68,8 +80,7 @@ def _check(
 
     def enter() -> None:
         """Enter the figures into the card and the record of the finished result."""
-        text, name = "\n\n".join(record.check_sentences()), result.path.name
-        write_text(result.card, extended_card(read_card(result.card), "Checked", text, name=name))
+        write_text(result.card, checked_card(read_card(result.card), record, result.path.name))
         result.store_record(record)
 
     on_rank_0(enter)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.corpora import loading_from_hub
 from prunus.distributed import ranks
 from prunus.evaluation.eval_records import PAPER7, Metric, TaskScore
 from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
@@ -281,9 +280,13 @@ def _load(
     if files is None:
         config = _config(name, catalogue) or {}
         source = f"{config.get('dataset_path', 'several datasets')}, from the hub"
-        remedy = f"Without a network, give a folder of `data` (or PRUNUS_DATA) that holds {FOLDER}/"
-        with loading_from_hub(f"the rows of {name}", remedy):
+        try:
             content = catalogue.load([name])
+        except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
+            raise OSError(
+                f"the rows of {name} could not be loaded ({reason(fault)}). Without a network, "
+                f"give a folder of `data` (or PRUNUS_DATA) that holds {FOLDER}/"
+            ) from fault
     else:
         scored = next(iter(files.values()))
         assert scored is not None, "local_files has seen it"

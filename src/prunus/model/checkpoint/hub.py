@@ -13,8 +13,8 @@ from prunus.hardware.words import reason
 
 # Seconds: the longest wait for an answer, and how long an answer holds.
 _WAIT, _HOLDS = 8.0, 60.0
-#: The last answer of `no_answer`, and when it was found on the clock of `time.monotonic`.
-_last: tuple[str, float] | None = None
+#: Address of the hub -> the last answer of `no_answer`, and when it was found (`time.monotonic`).
+_last: dict[str, tuple[str, float]] = {}
 
 
 def no_answer() -> str:
@@ -25,10 +25,9 @@ def no_answer() -> str:
     """
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
-    global _last
     if HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if _last is None or time.monotonic() - _last[1] > _HOLDS:
+    if ENDPOINT not in _last or time.monotonic() - _last[ENDPOINT][1] > _HOLDS:
         found: queue.SimpleQueue[str] = queue.SimpleQueue()
         # A name server has no time limit of its own, so the request has a thread to wait in.
         threading.Thread(target=lambda: found.put(_fault_of(ENDPOINT)), daemon=True).start()
@@ -36,8 +35,9 @@ def no_answer() -> str:
             fault = found.get(timeout=_WAIT)
         except queue.Empty:
             fault = f"no answer in {_WAIT:g} seconds"
-        _last = fault and f"{ENDPOINT} cannot be reached: {fault}", time.monotonic()
-    return _last[0]
+        why = fault and f"{ENDPOINT} cannot be reached: {fault}"
+        _last[ENDPOINT] = why, time.monotonic()
+    return _last[ENDPOINT][0]
 
 
 def _fault_of(address: str) -> str:
