@@ -475,17 +475,25 @@ def test_a_weight_that_is_not_there(name, method, tmp_path, refused):
     refused(kind, f"holds no weight for {name.removesuffix('.weight')}", dense, method=method)
 
 
-def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
+@pytest.mark.parametrize(
+    ("silent", "message"),
+    [
+        ("", r"'org/model' is neither .* hub: no route to the hub$"),
+        ("no name", r"'org/model' is no local folder, .* answer \(no name\)\. Give the folder"),
+    ],
+)
+def test_a_hub_id_that_cannot_be_downloaded(silent, message, monkeypatch, refused):
     asked = []
 
     def download(name: str, **options: Any) -> str:
-        asked.append((name, options["allow_patterns"]))
+        asked.append((name, options["allow_patterns"], options["local_files_only"]))
         raise ConnectionError("no route to the hub\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    refused(FileNotFoundError, r"'org/model' is neither .* hub: no route to the hub$", "org/model")
-    [(name, patterns)] = asked
-    assert name == "org/model"
+    monkeypatch.setattr("prunus.model.checkpoint.resolve.no_answer", lambda: silent)
+    refused(FileNotFoundError, message, "org/model")
+    [(name, patterns, only_local)] = asked
+    assert (name, only_local) == ("org/model", bool(silent))
     assert not any(glob.endswith((".bin", ".pt", ".py", "*")) for glob in patterns), "no code"
 
 

@@ -82,9 +82,28 @@ def test_a_console_of_ipython_is_a_terminal(monkeypatch):
 def test_pruning_and_scoring_show_their_steps(dense, notebook, tmp_path):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids(2))
     shown = notebook()
-    assert "100%" in shown and "2/2 blocks, left 0:00, peak" in shown
+    assert "100%" in shown and "2/2 blocks; left 0:00; peak" in shown
     steps: list[object] = []
     prunus.prune(dense, tmp_path / "b", calibration=token_ids(2), progress=steps.append)
     assert all(isinstance(step, Progress) for step in steps) and len(steps) == 2
     prunus.prune(dense, tmp_path / "c", calibration=token_ids(2), progress=False)
     assert "%" not in notebook()
+
+
+def test_a_resumed_run_says_what_is_kept_and_how_long_the_rest_takes(dense, tmp_path):
+    """A minute before the blocks, or blocks that are only read, must not count as if made."""
+    steps, told = [], []
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(2), progress=stop)
+    record = prunus.Manifest.load(tmp_path / "out")
+    record.blocks[0].seconds = 100.0
+    record.save(tmp_path / "out")
+    how = {"progress": steps.append, "announce": told.append}
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(2), **how)
+    assert any("1 of 2 blocks are kept from the earlier run; the others take about 100 s" in x
+               for x in told)  # fmt: skip
+    assert [round(step.left) for step in steps] == [100, 0]

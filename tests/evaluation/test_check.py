@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 import prunus
 from command_line import call
 from gguf_cases import gguf_checkpoint
+from prunus.engine.progress import LineInterval
 from prunus.evaluation import check
 from prunus.formats.gguf.result import read_record
 from prunus.rounding.compression_record import CompressionRecord
@@ -62,6 +63,8 @@ def test_the_record_the_card_and_the_file_have_what_eval_measures(
     out = tmp_path / ("x.gguf" if kind == "gguf" else "x")
     plain = tmp_path / ("plain.gguf" if kind == "gguf" else "plain")
     assert "loses was not measured: add --check" in compress(dense, plain, kind)
+    compress(dense, plain, kind)
+    monkeypatch.setattr("prunus.reporting.console.LineInterval", lambda: LineInterval(0.0))
     output = compress(dense, out, kind, "--check")
     scores = prunus.perplexities([plain], TEXTS, reference=dense, seqlen=16, samples=3)[0]
     card = (tmp_path / "x.README.md" if kind == "gguf" else out / "README.md").read_text()
@@ -73,6 +76,8 @@ def test_the_record_the_card_and_the_file_have_what_eval_measures(
         words = f"{score.divergence.kl:.5f} ± {score.divergence.kl_stderr:.5f} nats per token"
         assert words in " ".join(card.split()) and words in " ".join(output.split())
         assert "formats of SmolLM2-135M, that is less than Q8_0" in " ".join(card.split())
+        assert card.index(words) < card.index("```toml"), "where the command was that measures it"
+    assert "measures how far" not in card and "/200] scoring the result beside" in output
     assert record_of(plain).check == {}
     # All but the record is as without the check, and nothing is scored twice.
     if kind == "gguf":

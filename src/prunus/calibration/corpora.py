@@ -13,10 +13,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import socket
 import sys
 import sysconfig
-import urllib.request
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,11 +22,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text
 from prunus.hardware.process_state import replaced
+from prunus.model.checkpoint.hub import no_answer
 from prunus.words import reason, require_library
 
 #: The part of a corpus: to draw windows from, or to measure perplexity on.
@@ -118,8 +116,6 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
     ),
 }
 
-#: The longest wait for a connection to the hub. The library itself retries for more than a minute.
-_CONNECT_SECONDS = 5.0
 #: Sources that are read from a folder of local datasets, or from the hub.
 LOCAL_SOURCES = ("c4", "wikitext2", "ptb", "mix")
 
@@ -295,35 +291,23 @@ def _library_modules(part: Part) -> list[Path]:
 def _from_hub(name: str, origin: _Origin) -> Sequence[str]:
     """The documents of a data set on the hub; a row is read when it is indexed.
 
-    Where the hub cannot be reached, only what was downloaded earlier is used.
+    Where the hub gives no answer, only what was downloaded earlier is used.
     """
     from datasets import config, load_dataset
 
+    silent = no_answer()
     try:
-        reachable = _answers(config.HF_ENDPOINT)
-        with nullcontext() if reachable else replaced(config, "HF_HUB_OFFLINE", True):
+        with replaced(config, "HF_HUB_OFFLINE", True) if silent else nullcontext():
             # The column is not a list: a shard of C4 never lies in memory as Python strings.
             column: Sequence[str] = load_dataset(**origin.hub, split=origin.split)[origin.column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
+        cause = OSError(silent) if silent else error
         raise OSError(
-            f"{name} could not be loaded from the hub ({reason(error)}). These "
+            f"{name} could not be loaded from the hub ({reason(cause)}). These "
             "sources need no network: python-docs, python-code, a file of text, and a "
             f"data folder (`data` or PRUNUS_DATA) that holds {origin.local[0].path}"
-        ) from error
+        ) from cause
     return column
-
-
-def _answers(address: str) -> bool:
-    """Whether a connection to a web address can be opened. Behind a proxy only a request tells."""
-    if urllib.request.getproxies():
-        return True
-    url = urlsplit(address)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), _CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> Any:

@@ -273,7 +273,7 @@ class _Mix(TextSource):
             warnings.warn(
                 f"mix: C4 cannot be loaded ({reason(fault.__cause__ or fault, most=120)}), so its "
                 "prose is python-docs, the documentation of Python; `data` may name a folder with "
-                "C4, or choose another `calibration`",
+                "C4, or choose another `calibration`, such as a file of your own text",
                 RuntimeWarning,
                 stacklevel=1,
             )

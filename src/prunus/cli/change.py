@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunus.cli.flags import Model, Output, RecipeFile, opt, with_flags
-from prunus.cli.terminal import is_quiet, print_result, print_text, progress_console, shown_steps
+from prunus.cli.terminal import (
+    is_quiet,
+    print_result,
+    print_text,
+    progress_console,
+    shown_steps,
+)
 from prunus.engine.run_options import RunOptions
 from prunus.options import ADVANCED
 from prunus.pruning.recipe import Recipe
@@ -23,6 +29,9 @@ from prunus.structure.structure_record import StructureRecipe
 
 if TYPE_CHECKING:
     from prunus.engine.run import Command
+    from prunus.engine.session import Session
+
+    _Begun = tuple[Command[Any, Any], Callable[[Any, Session], None] | None]
 
 # Options of `plan` that only recover has, in the first panel of its own help.
 _OF_RECOVER = ("mode", "text", "tokens", "minutes")
@@ -36,10 +45,13 @@ def prune(model: Model, output: Output, *, recipe: RecipeFile = None, **options:
     """
     work, recipe_options = RunOptions.pick(options)
     chosen, how = Recipe.read(recipe, recipe_options), RunOptions.read(None, work)
-    from prunus.pruning.prune import Pruning
 
-    command = Pruning(model, output, chosen, how)
-    _carry_out(command, f"{chosen.method} {output}")
+    def begin(_: Session) -> _Begun:
+        from prunus.pruning.prune import Pruning
+
+        return Pruning(model, output, chosen, how), None
+
+    _carry_out(begin, output, f"{chosen.method} {output}")
 
 
 @with_flags(CompressionRecipe, RunOptions, rare=("head_bits",))
@@ -66,16 +78,21 @@ def compress(
     chosen = CompressionRecipe.read(recipe, recipe_options)
     how = RunOptions.read(None, work)
     chosen.check_early(model)
-    from prunus.compression.compress import Compression
+
+    def begin(session: Session) -> _Begun:
+        from prunus.compression.compress import Compression
+        from prunus.evaluation.check import prepared_check
+
+        after = prepared_check(model, output, chosen, how, session) if check else None
+        return Compression(model, output, chosen, how), after
+
+    record = _carry_out(begin, output, f"{chosen.target} {output}")
     from prunus.distributed import is_rank_0
-    from prunus.evaluation.check import prepared_check
+    from prunus.formats.codec import codec_for
     from prunus.rounding.cards import commands
 
-    after = prepared_check(model, output, chosen, how) if check else None
-    command = Compression(model, output, chosen, how)
-    codec = command.codec
-    record = _carry_out(command, f"{chosen.target} {output}", after=after)
     if is_rank_0():
+        codec = codec_for(output, chosen)
         print_text(codec.RESULT.advice(record))
         lines = commands({**codec.PROGRAMS, **codec.UPLOADS}, output).items()
         print_text("".join(f"{use + ':':<12} {command}\n" for use, command in lines))
@@ -94,31 +111,36 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
     """
     work, recipe_options = RunOptions.pick(options)
     chosen, how = StructureRecipe.read(recipe, recipe_options), RunOptions.read(None, work)
-    from prunus.structure.shrink import Shrinking
 
-    command = Shrinking(model, output, chosen, how)
-    _carry_out(command, f"shrink {output}", structure_table)
+    def begin(_: Session) -> _Begun:
+        from prunus.structure.shrink import Shrinking
+
+        return Shrinking(model, output, chosen, how), None
+
+    _carry_out(begin, output, f"shrink {output}", structure_table)
 
 
 def _carry_out(
-    command: Command[Any, Any],
+    begin: Callable[[Session], _Begun],
+    output: Path,
     title: str,
     table: Callable[[Any], Any] = lambda record: record.table(),
-    after: Callable[[Any, Any], None] | None = None,
 ) -> Any:
     """Carry out a command with a progress bar, print its record as a table, and return it.
 
     Args:
-        command: What is done.
+        begin: Returns the command, and `after` of `run_verb`. It loads what the command needs,
+            which takes seconds, so it is called when the bar is there.
+        output: The result.
         title: Title of the progress bar.
         table: From the record to its table.
-        after: As for `run_verb`.
     """
-    from prunus.engine.run import run_verb
-    from prunus.engine.session import Session
+    with shown_steps(show_pruning(title, progress_console()), output) as callbacks:
+        from prunus.engine.run import run_verb
+        from prunus.engine.session import Session
 
-    with shown_steps(show_pruning(title, progress_console()), command.output) as callbacks:
-        session = Session(announce=callbacks["announce"], report=callbacks["report"])
+        session = Session(**callbacks)
+        command, after = begin(session)
         record = run_verb(command, session, after=after)
     print_result(record, table(record))
     return record
@@ -210,9 +232,16 @@ def recover(
     work, of_training = RunOptions.pick(options)
     RunOptions.read(None, work)
     RecoveryOptions.read(None, {"mode": "lora"} | of_training)  # which has all options
-    from prunus.recovery.recover import recover as train
-
     title = f"{options.get('mode', 'recover')} {output}"
     with shown_steps(show_recovery(title, progress_console()), output) as callbacks:
-        record = train(model, output, teacher=teacher, progress=callbacks["report"], **options)
+        from prunus.recovery.recover import recover as train
+
+        record = train(
+            model,
+            output,
+            teacher=teacher,
+            progress=callbacks["report"],
+            announce=callbacks["announce"],
+            **options,
+        )
     print_result(record, recovery_table(record))

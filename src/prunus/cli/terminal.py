@@ -172,11 +172,15 @@ def log(message: str) -> None:
 
     Where nobody reads standard error any more, the message is dropped, and the work continues.
     """
-    # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
-    prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
+    prefix = "prunus:" if (rank := _rank()) == "0" else f"prunus, rank {rank}:"
     with contextlib.suppress(OSError):
         print(prefix, printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    """The number of this process among those of torchrun, known before torch is loaded."""
+    # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
+    return os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
 
 
 def note(message: str) -> None:
@@ -206,10 +210,10 @@ def shown_steps(
         output: The result. Without any step, a line says at the end that an earlier run finished
             it. None says nothing.
     """
-    from prunus.distributed import is_rank_0
-
     count = 0
     with showing as show:
+        if _rank() == "0":
+            show("loading libraries")
 
         def report(*step: Any) -> None:
             nonlocal count
@@ -217,7 +221,7 @@ def shown_steps(
             show(*step)
 
         yield {"announce": show, "report": report}
-    if not count and output is not None and is_rank_0():
+    if not count and output is not None and _rank() == "0":
         note(
             f"{output} was finished by an earlier run, and nothing was done now; these are its "
             "figures (--overwrite does the work again)"

@@ -343,6 +343,11 @@ class BlockFolder(ResultFolder):
         """How many blocks are finished, the first ones of the result."""
         return len(self.record.blocks)
 
+    @property
+    def finished_seconds(self) -> float:
+        """Seconds that the finished blocks took."""
+        return sum(block.seconds for block in self.record.blocks)
+
     @abstractmethod
     def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of the shard of a block, by the names of the checkpoint."""

@@ -115,10 +115,11 @@ class LinearCommand(Command[LinearPlan, _Record]):
             run.session.announce is not None
             and not record.blocks
             and run.plan.walks_windows * run.plan.batches >= _MANY_BATCHES
-            and (seconds := self.forecast(run.plan)) is not None
         ):
-            words = f"; the run takes {about(seconds)}"
-            run.session.tell(f"tried pieces of the run{words}")
+            run.session.tell("trying pieces of the run, to say how long it takes")
+            if (seconds := self.forecast(run.plan)) is not None:
+                words = f"; the run takes {about(seconds)}"
+                run.session.tell(f"tried pieces of the run{words}")
         allocate = run.plan.step.allocate
         if not record.allocation and allocate is None:
             record.allocation = dict(run.plan.sparsities)
@@ -153,6 +154,8 @@ class LinearCommand(Command[LinearPlan, _Record]):
             # In the reference order the next block depends on weights before they were rounded for
             # storage, so a finished block is pruned once more.
             run_blocks(plan, session, changer, output, record.measured, again=in_order)
+            place = "" if self.result is None else f", and completing {self.output}"
+            session.tell(f"working on what lies outside the blocks{place}")
             pruned_head: dict[str, torch.Tensor] = {}
             if recipe.training.head:
                 pruned_head, record.head = changer.prune_head(batches)

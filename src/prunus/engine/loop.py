@@ -27,6 +27,7 @@ from prunus.engine.session import Session
 from prunus.hardware.machine import peak_memory, return_freed_memory
 from prunus.hardware.numerics import check_finite
 from prunus.model.source import tensors_digest
+from prunus.words import about
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ class BlockOutput(Protocol):
 
     Attributes:
         finished: How many blocks are finished, the first ones of the model.
+        finished_seconds: Seconds that making these took.
     """
 
     @property
     def finished(self) -> int: ...
+
+    @property
+    def finished_seconds(self) -> float: ...
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:
         """The tensors of a finished block by relative name."""
@@ -122,27 +127,33 @@ def run_blocks(
     started = time.perf_counter()
     source_blocks = made_from if made_from is not None else range(len(plan.skeleton))
     name_of = names or plan.skeleton.block_name
+    finished, total = output.finished, len(source_blocks)
+    taken, making = 0 if again else finished, 0.0
+    # What the blocks after those that are taken need, by the time of the earlier run.
+    rest = output.finished_seconds / max(1, finished) * (total - finished)
 
     def report(position: int, message: str) -> None:
-        session.step(
-            Progress(
-                done=position + 1,
-                total=len(source_blocks),
-                message=f"{name_of(position)} {message}",
-                seconds=time.perf_counter() - started,
-                peak_memory=peak_memory(plan.device),
-            )
-        )
+        seconds, done = time.perf_counter() - started, position + 1
+        if done <= taken:
+            left = seconds / done * (taken - done) + rest
+        else:
+            left = (seconds - making) / (done - taken) * (total - done)
+        message, peak = f"{name_of(position)} {message}", peak_memory(plan.device)
+        session.step(Progress(done, total, message, seconds, peak, left=left))
 
     def read(position: int) -> StoredBlock:
         return read_block(plan, source_blocks[position], measured)
 
-    finished = output.finished
-    taken = 0 if again else finished
+    if taken:
+        session.tell(
+            f"{taken} of {total} blocks are kept from the earlier run; the others take "
+            f"{about(rest)}, after the windows have passed through those that are kept"
+        )
     for position in range(taken):
         step.take(position, output.read_block(position))
         report(position, "taken from the earlier run")
-    left = range(taken, len(source_blocks))
+    making = time.perf_counter() - started
+    left = range(taken, total)
     with background_writes(plan.memory.overlaps) as submit:
         blocks = read_ahead(left, read, plan.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):

@@ -49,10 +49,11 @@ class InPlaceOutput:
 
     Attributes:
         finished: 0, because no earlier run has finished a block.
+        finished_seconds: 0 for the same reason.
     """
 
     def __init__(self, source: ModuleSource, record: LinearsRecord, storage: Storage) -> None:
-        self.finished = 0
+        self.finished, self.finished_seconds = 0, 0.0
         self._source, self._record, self._storage = source, record, storage
 
     def read_block(self, position: int) -> Mapping[str, torch.Tensor]:

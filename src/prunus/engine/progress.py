@@ -31,6 +31,7 @@ class Progress:
         total: All units.
         message: What just happened.
         seconds: Seconds since the start of the run, or of the measurement.
+        left: Seconds until all units are done; None if nothing is known of it.
         peak_memory: Peak memory of this process so far, in bytes; on a GPU that of the device.
         unit: What is counted, in the plural.
     """
@@ -41,6 +42,13 @@ class Progress:
     seconds: float
     peak_memory: int
     unit: str = "blocks"
+    left: float | None = None
+
+    @property
+    def state(self) -> str:
+        """The time left, if it is known, and the peak memory."""
+        left = "" if self.left is None else f"left {clock(self.left)}; "
+        return f"{left}peak {self.peak_memory / 1e9:.2f} GB"
 
 
 @dataclass
@@ -71,16 +79,13 @@ class LineInterval:
         self._last = self.clock()
 
 
-def eta(done: int, total: int, seconds: float) -> str:
-    """Time left in hours, minutes and seconds, if the other steps take as long as those finished.
+def clock(seconds: float) -> str:
+    """A time in hours, minutes and seconds.
 
-    >>> eta(done=1, total=4, seconds=30.0)
-    '1:30'
-    >>> eta(done=1, total=101, seconds=72.0)
-    '2:00:00'
+    >>> clock(90.0), clock(7200.0)
+    ('1:30', '2:00:00')
     """
-    left = round(seconds / done * (total - done))
-    hours, rest = divmod(left, 3600)
+    hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
@@ -109,25 +114,38 @@ def terminal_bar(title: str, console: Any = None) -> Iterator[Callable[[Shown], 
         A function that shows the next state.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, ProgressColumn, TextColumn
     from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class Elapsed(ProgressColumn):
+        """The time since the bar is there. rich's own stands still once a phase has ended."""
+
+        def render(self, task: Any) -> Text:
+            return Text(clock(task.elapsed or 0.0), style="progress.elapsed")
 
     state = TextColumn("{task.fields[state]}", markup=False)
     console = console or Console(stderr=True, markup=False, emoji=False)
     with Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TimeElapsedColumn(),
+        Elapsed(),
         state,
         console=console,
     ) as bar:
-        task = bar.add_task(title, total=None, state="…")
+        task = bar.add_task(title, total=None, state="loading")
+        last = Shown(None, "")
 
         def update(shown: Shown) -> None:
+            nonlocal last
+            last = last if shown.share is None else shown
             share = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
+            if not share:
+                bar.tasks[0].total = None  # The bar of the phase before would still be full.
             bar.update(task, state=one_line(shown.state), **share)  # type: ignore[arg-type]
 
         yield update
+        update(last)  # A bar that stays on the screen is that of the last phase with a share.
 
 
 def one_line(text: str) -> str:
@@ -188,14 +206,12 @@ def reporter(
 def pruning_step(step: Progress | str) -> Shown:
     """What a bar shows after a block, or while a text says what is being prepared.
 
-    >>> pruning_step(Progress(1, 4, "block 0 pruned", seconds=10.0, peak_memory=2 * 10**9))
-    Shown(share=0.25, state='1/4 blocks, left 0:30, peak 2.0 GB')
+    >>> pruning_step(Progress(1, 4, "block 0 pruned", 10.0, peak_memory=2 * 10**9, left=30.0))
+    Shown(share=0.25, state='1/4 blocks; left 0:30; peak 2.00 GB')
     """
     if isinstance(step, str):
         return Shown(None, step)
-    left, peak = eta(step.done, step.total, step.seconds), f"{step.peak_memory / 1e9:.1f} GB"
-    state = f"{step.done}/{step.total} {step.unit}, left {left}, peak {peak}"
-    return Shown(step.done / step.total, state)
+    return Shown(step.done / step.total, f"{step.done}/{step.total} {step.unit}; {step.state}")
 
 
 def window_step(done: float, total: float) -> Shown:
@@ -214,9 +230,13 @@ def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
 
     form = "{desc} {percentage:.0f}% {bar} {elapsed}{postfix}"
     with tqdm(total=1.0, desc=one_line(title), bar_format=form, miniters=0) as bar:
+        last = Shown(None, "")
 
         def update(shown: Shown) -> None:
+            nonlocal last
+            last = last if shown.share is None else shown
             bar.set_postfix_str(one_line(shown.state), refresh=False)
             bar.update(0 if shown.share is None else shown.share - bar.n)
 
         yield update
+        update(last)

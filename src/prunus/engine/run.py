@@ -271,6 +271,9 @@ def run_verb(
         record: Any = earlier
         if result is None or earlier is None or not result.is_complete(earlier):
             started = time.perf_counter()
+            session.tell(
+                f"reading the configuration of {command.model_name}, and checking what is to do"
+            )
             with fail_together():
                 # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
                 inputs: Any = getattr(earlier, "inputs", None)

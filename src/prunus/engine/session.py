@@ -39,7 +39,7 @@ class Session:
             self.report(*step)
 
     def preparing(self, what: str, total: int, device: torch.device) -> Callable[[int], None]:
-        """Announce work before the first block, and return a function that counts its steps.
+        """Announce work before or after the blocks, and return a function that counts its steps.
 
         Args:
             what: The work in words, such as "measuring …".
@@ -57,7 +57,8 @@ class Session:
             nonlocal done
             done += steps
             seconds, peak = time.perf_counter() - started, peak_memory(device)
-            self.tell(Progress(done, total, what, seconds, peak, PREPARATION + what))
+            left = seconds / done * (total - done) if done else None
+            self.tell(Progress(done, total, what, seconds, peak, PREPARATION + what, left))
 
         return count
 

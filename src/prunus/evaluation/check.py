@@ -10,12 +10,13 @@ from typing import Any
 from prunus.distributed import on_rank_0
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_record import extended_card
 from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
 from prunus.formats.gguf.file import open_gguf
 from prunus.model.checkpoint.files import read_card, read_json, write_text
+from prunus.model.device import choose_device
+from prunus.rounding.cards import checked_card
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CHECKED, CompressionRecord
 
@@ -27,7 +28,7 @@ _TOKENS = 8192
 
 
 def prepared_check(
-    model: str, output: Path, recipe: CompressionRecipe, options: RunOptions
+    model: str, output: Path, recipe: CompressionRecipe, options: RunOptions, session: Session
 ) -> Callable[[CompressionRecord, Session], None]:
     """What scores the result of a run at its end, for `after` of `run_verb`.
 
@@ -38,11 +39,13 @@ def prepared_check(
         output: The result.
         recipe: The recipe of the run.
         options: The options of the run.
+        session: Who hears that the texts are read.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: A text is not at hand.
     """
     result = codec_for(output, recipe).RESULT(output, CompressionRecord)
+    session.tell(f"reading {' and '.join(TEXTS)}, on which the result is scored in the end")
     for text in TEXTS:
         load_scoring_text(text, options.data)
     scoring = options.model_dump(include={"data", "device", "memory", "trust_remote_code"})
@@ -60,8 +63,17 @@ def _check(
     """Score a result, and enter the figures into its record, its file and its card."""
     if record.check:
         return
-    session.tell(f"scoring the result beside {model} on {' and '.join(TEXTS)}")
-    [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=None, **scoring)
+    what, device = f"scoring the result beside {model}", choose_device(scoring["device"])
+    count, before = session.preparing(what, 100 * len(TEXTS), device), 0
+
+    def report(done: int, total: int) -> None:
+        """Count each text in percent, as far as this rank has scored its windows."""
+        nonlocal before
+        percent = 100 * done // total
+        count(percent - before if percent >= before else percent)
+        before = percent
+
+    [results] = perplexities([str(result.path)], TEXTS, reference=model, progress=report, **scoring)
     path = result.path
     architecture = (
         open_gguf(path).architecture
@@ -76,8 +88,7 @@ def _check(
 
     def enter() -> None:
         """Enter the figures into the card and the record of the finished result."""
-        text, name = "\n\n".join(record.check_sentences()), result.path.name
-        write_text(result.card, extended_card(read_card(result.card), "Checked", text, name=name))
+        write_text(result.card, checked_card(read_card(result.card), record, result.path.name))
         result.store_record(record)
 
     on_rank_0(enter)

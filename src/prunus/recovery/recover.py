@@ -74,6 +74,7 @@ def recover(
     *,
     teacher: str | Path | None = None,
     progress: Callable[[Step], None] | bool | None = True,
+    announce: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> RecoveryRecord:
     """Win back quality of a pruned or smaller checkpoint by a short training.
@@ -90,6 +91,7 @@ def recover(
             the text, or together with it (`distill_weight`).
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called after every step and evaluation with a `prunus.recovery.training.Step`.
+        announce: Called with what is being prepared before the first step.
 
     Returns:
         The record, which is also written to `prunus-recovery.json`.
@@ -102,7 +104,7 @@ def recover(
             weights are the result in `output` nevertheless. Or a model was changed during the work.
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
-    session = Session(report=progress if callable(progress) else None)
+    session = Session(announce=announce, report=progress if callable(progress) else None)
     work, _ = RunOptions.pick(options)
     for name in _NOT_TAKEN:
         if work.get(name):
@@ -154,6 +156,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
         """See `recovery_inputs`."""
+        session.tell(f"drawing training windows from {plan.recipe.text}")
         return recovery_inputs(plan)
 
     def fields(self, plan: RecoveryPlan) -> dict[str, Any]:
@@ -166,6 +169,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
         Returns:
             The model to train, its number of parameters, and the teacher.
         """
+        run.session.tell("loading what is trained, then measuring it before the training")
         with fail_together():
             student, size = load_student(run.plan)
             dense = load_teacher(run.plan)
@@ -215,6 +219,8 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
             )
 
         # All processes hold the same weights, so one of them writes.
+        run.session.tell(f"writing {output}")
+
         def write() -> None:
             plan.check_unchanged()
             taken = run.totals()

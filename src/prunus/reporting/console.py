@@ -20,7 +20,14 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from prunus.document import Document, DocumentPart, Facts, Section, Table, text_of
-from prunus.engine.progress import PREPARATION, LineInterval, Progress, Shown, eta, terminal_bar
+from prunus.engine.progress import (
+    PREPARATION,
+    LineInterval,
+    Progress,
+    Shown,
+    pruning_step,
+    terminal_bar,
+)
 
 if TYPE_CHECKING:
     from prunus.recovery.training import Step as RecoveryStep
@@ -170,31 +177,20 @@ def show_pruning(
         A context manager. It yields a function to call after every block, and before the first one
         with a line of text on what is prepared.
     """
-    first: Progress | None = None
 
     def read(step: Progress | str) -> tuple[str, Shown, bool]:
-        nonlocal first
+        shown = pruning_step(step)
         if isinstance(step, str):
-            return step, Shown(None, step), False
-        # The time before the first block (reading text, embeddings) is spent once, not per block.
-        # So the first block says nothing of the time that is left.
-        if first is None or (first.unit, first.total) != (step.unit, step.total):
-            first = step
-        done = step.done - first.done
-        state = f"peak {step.peak_memory / 1e9:.2f} GB"
-        if done:
-            left = eta(done, step.total - first.done, step.seconds - first.seconds)
-            state = f"left {left}; {state}"
-        count = f"{step.done}/{step.total}"
-        shown = Shown(step.done / step.total, f"{count} {step.unit}; {state}")
-        return f"[{count}] {step.message}; {state}", shown, step.unit.startswith(PREPARATION)
+            return step, shown, False
+        line = f"[{step.done}/{step.total}] {step.message}; {step.state}"
+        return line, shown, step.unit.startswith(PREPARATION)
 
     return _shown(title, console, read)
 
 
 def show_recovery(
     title: str, console: Console | None = None
-) -> contextlib.AbstractContextManager[Callable[[RecoveryStep], None]]:
+) -> contextlib.AbstractContextManager[Callable[[RecoveryStep | str], None]]:
     """Show a recovery: the share of the budget that is spent, loss, and every evaluation.
 
     Args:
@@ -202,12 +198,15 @@ def show_recovery(
         console: Where to print; None for `progress_console`.
 
     Returns:
-        A context manager. It yields a function to call after every step of training.
+        A context manager. It yields a function to call after every step of training, and before
+        the first one with a line of text on what is prepared.
     """
     evaluation = ""
 
-    def read(step: RecoveryStep) -> tuple[str, Shown, bool]:
+    def read(step: RecoveryStep | str) -> tuple[str, Shown, bool]:
         nonlocal evaluation
+        if isinstance(step, str):
+            return step, Shown(None, step), False
         is_ordinary = step.loss is not None and step.perplexity is None
         evaluation = evaluation if is_ordinary else step.message
         loss = "" if step.loss is None else f"loss {step.loss:.3f} "

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunus.engine.linear_record import calibration_words
-from prunus.engine.run_record import result_card, source_name
+from prunus.engine.run_record import extended_card, result_card, source_name
 from prunus.model.formats import format_of
 from prunus.rounding.compression_record import CompressionRecord, unmatched_sentences
+
+#: What a card says of the loss as long as nobody has measured it.
+_UNMEASURED = re.compile(r"^`prunus eval .*` measures how far its predictions are .*$", re.M)
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,17 @@ def quantized_card(record: CompressionRecord, words: CardWords, source: Path, lo
         fields=words.fields,
         source=source,
     )
+
+
+def checked_card(card: str | None, record: CompressionRecord, name: str) -> str:
+    """The card with what a check found, in place of the command that would measure it.
+
+    Args:
+        card: The card before; None if there is none.
+        record: The record with the figures.
+        name: Name of the model, for the heading of a new card.
+    """
+    found = "\n\n".join(record.check_sentences())
+    checked, count = _UNMEASURED.subn(lambda _: found, card or "")
+    # Somebody may have written the card anew.
+    return checked if count else extended_card(card, "Checked", found, name=name)

@@ -102,6 +102,7 @@ class Shrinking(Command[StructurePlan, StructureRecord]):
                     plan, session, step, folder, record.measured, made_from=blocks_left, names=names
                 )
         record.totals = run.totals()
+        session.tell(f"writing what lies outside the blocks, and completing {output}")
         folder.complete()
 
 
@@ -154,6 +155,12 @@ class SmallerFolder(BlockFolder):
     ) -> None:
         super().__init__(folder, record, plan, smaller.made_from)
         self.smaller = smaller
+
+    @property
+    def finished_seconds(self) -> float:
+        """Seconds that the finished blocks took, with their training."""
+        repairs = (block.repair for block in self.record.blocks)
+        return super().finished_seconds + sum(repair.seconds for repair in repairs if repair)
 
     def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
         """Stored name -> tensor of a block that has just been made."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.model.checkpoint.files import check_folder
+from prunus.model.checkpoint.hub import no_answer
 from prunus.model.config import read_config
 from prunus.model.formats import format_of, reader_of, suffixes
 from prunus.words import did_you_mean
@@ -77,12 +78,21 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
         )
     from huggingface_hub import snapshot_download
 
+    # Without an answer, only what was downloaded earlier is used.
+    silent = no_answer()
     try:
         snapshot = snapshot_download(
             name,
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
+            local_files_only=bool(silent),
         )
     except Exception as fault:
+        if silent:
+            raise FileNotFoundError(
+                f"{name!r} is no local folder, was not downloaded earlier, and the hub gives no "
+                f"answer ({silent}). Give the folder of a checkpoint{_similar(path)}; "
+                "benchmarks/fetch_model.py gets a small model without the hub"
+            ) from fault
         said = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         # Without the number that the system has for an error.
         reason = re.sub(r"\[Errno [^]]*\] ", "", said)
