@@ -70,9 +70,9 @@ def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
         "architecture": "llama",
         "parameters": sum(weight.numel() for weight in expected.values()),
         "chat_template": True,
-        "bytes": sum(len(content or b"") for content in tree(out).values()),
+        "bytes": sum((out / name).stat().st_size for name in summary["files"]),
     }
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert len(modes) == 1, "all files have the same permissions"
@@ -272,14 +272,32 @@ def test_names_are_made_once_and_every_tensor_is_decoded_once(tmp_path, monkeypa
     assert len(made) == 2, "the table of the package is back"
 
 
-def test_overwrite_replaces_the_whole_folder(tiny_gguf, tmp_path):
+def test_overwrite_replaces_what_an_import_wrote_and_nothing_else(tiny_gguf, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "pytorch_model.bin").write_text("old")
+    import_gguf(tiny_gguf, out)
+    expected = tree(out)
+    assert_refused(FileExistsError, "holds a finished import", import_gguf, tiny_gguf, out)
+    (out / "model.safetensors").write_bytes(b"damaged")
     import_gguf(tiny_gguf, out, overwrite=True)
-    assert not (out / "pytorch_model.bin").exists()
-    assert (out / "model.safetensors").is_file()
+    assert tree(out) == expected
+    # A killed import goes on: some files have their names, and the record says so.
+    record = json.loads((out / "prunus-import.json").read_text())
+    (out / "prunus-import.json").write_text(json.dumps(record | {"state": "running"}))
+    (out / "config.json").unlink()
+    import_gguf(tiny_gguf, out)
+    assert tree(out) == expected
+    (out / "precious.txt").write_text("keep me")
+    message = r"files that no import wrote \(precious\.txt\)"
+    assert_refused(FileExistsError, message, import_gguf, tiny_gguf, out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+@pytest.mark.parametrize("folder", [".", "out/..", "../{name}"])
+def test_an_import_into_the_folder_of_its_file_is_refused(tiny_gguf, tmp_path, folder):
+    (tmp_path / "out").mkdir()
+    dest, before = tmp_path / folder.format(name=tmp_path.name), tree(tmp_path)
+    assert_refused(ValueError, "overlap", import_gguf, tiny_gguf, dest, overwrite=True)
+    assert tree(tmp_path) == before
 
 
 def test_a_plan_says_what_an_import_would_write(tiny_gguf, tmp_path):
@@ -291,7 +309,7 @@ def test_a_plan_says_what_an_import_would_write(tiny_gguf, tmp_path):
     assert plan["disk_bytes"] >= sum(tensor.nbytes for tensor in stored) > 0.9 * plan["disk_bytes"]
     assert "llama" in call("plan", tiny_gguf, "--command", "import").stdout
     refused = call("plan", tiny_gguf, tmp_path / "out", "--command", "import", status=2)
-    assert "not empty" in refused.stderr
+    assert "holds a finished import" in refused.stderr
 
 
 def test_an_empty_folder_is_taken(tiny_gguf, tmp_path):
@@ -330,7 +348,8 @@ def test_bad_files(tiny_gguf, tmp_path, prepare, arguments, error, message, ther
     out = tmp_path / "out"
     if there:
         out.mkdir()
-        (out / "precious.txt").write_text("keep me")
+        (out / "old.txt").write_text("of an earlier import")
+        (out / "prunus-import.json").write_text('{"state": "finished", "files": ["old.txt"]}')
     before = tree(tmp_path)
     assert_refused(error, message, import_gguf, tiny_gguf, out, overwrite=there, **arguments)
     assert tree(tmp_path) == before
@@ -351,7 +370,9 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
     (tmp_path / "full" / "precious.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match="not empty; choose another one or give `overwrite`"):
+    with pytest.raises(
+        FileExistsError, match=r"no import wrote \(precious\.txt\); it is left as it is"
+    ):
         import_gguf(tiny_gguf, tmp_path / "full")
     with pytest.raises(FileExistsError, match="exists and is not a folder"):
         import_gguf(tiny_gguf, tmp_path / "file", overwrite=True)

@@ -55,8 +55,24 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
     Raises:
         ValueError: The file is no record of this kind; names the first field that is wrong.
     """
+    return checked_record(read_json(path), kind, path)
+
+
+def checked_record(content: Any, kind: type[_Record], path: Path) -> _Record:
+    """The record in a value of JSON, which comes from outside.
+
+    Args:
+        content: The value.
+        kind: The class of the record.
+        path: The file that holds it, for messages.
+
+    Raises:
+        ValueError: It is no record of this kind; names the first field that is wrong.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: its record is no JSON object, but {content!r:.40}")
     try:
-        return kind.model_validate(read_json(path))
+        return kind.model_validate(content)
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

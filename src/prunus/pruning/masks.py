@@ -8,6 +8,7 @@ Shape suffixes: O outputs, I inputs, B bytes with the bits of eight inputs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from prunus.model.checkpoint.files import check_file_place
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
@@ -168,7 +170,7 @@ def masks(
         FileNotFoundError, ValueError, NotImplementedError, OSError: The model or the file cannot be
             read, or the output cannot be written.
     """
-    target = None if output is None else check_file(output)
+    target = None if output is None else check_file(output, "masks")
     if isinstance(model, Masks):
         found = model
     elif isinstance(model, Mapping):
@@ -249,11 +251,16 @@ def compare_masks(masks: Masks, others: Masks) -> dict[str, dict[str, float | No
     }
 
 
-def check_file(output: str | Path) -> Path:
+def check_file(output: str | Path, what: str) -> Path:
     """The path of a file of tensors to write.
+
+    Args:
+        output: The file.
+        what: What it will hold: "masks" or "statistics". Only such a file is replaced.
 
     Raises:
         ValueError: It has another suffix, so that nobody would know how to read it.
+        FileExistsError: Something else has this name.
         FileNotFoundError: There is no such folder.
     """
     path = Path(output)
@@ -261,6 +268,13 @@ def check_file(output: str | Path) -> Path:
         raise ValueError(f"output {output} must end in {SUFFIX}, which is the only format")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output {output}: there is no folder {path.parent}, make it first")
+
+    def is_own(path: Path) -> bool:
+        with contextlib.suppress(ValueError):
+            return what in Checkpoint(path.parent, only=[path.name]).metadata
+        return False
+
+    check_file_place(path, is_own)
     return path
 
 

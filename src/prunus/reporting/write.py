@@ -12,7 +12,12 @@ from pydantic import ValidationError
 from prunus.document import Document, Section
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import BlockwiseRecord
-from prunus.model.checkpoint.files import check_place, read_json, replacing
+from prunus.model.checkpoint.files import (
+    belongs_to_model,
+    check_file_place,
+    read_json,
+    replacing,
+)
 from prunus.model.formats import reader_of
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.evaluation_sections import evaluation_section
@@ -70,7 +75,10 @@ def report(
         if file.suffix not in _WRITERS:
             *others, last = _WRITERS
             raise ValueError(f"output {file}: the name must end in {', '.join(others)} or {last}")
-        check_place(file)
+        read = {path.resolve() for path in input_paths}
+        check_file_place(
+            file, lambda path: path.resolve() not in read and not belongs_to_model(path)
+        )
     without = [path for path in input_paths if _is_cell_without_record(path)]
     shown = [path for path in input_paths if path not in without] or input_paths
     # Stable: both keep the order in which they were given.

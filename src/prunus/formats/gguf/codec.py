@@ -27,7 +27,12 @@ from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
 from prunus.formats.gguf.template import layout_in
 from prunus.formats.gguf.types import TYPES, type_for, type_named, types_for
-from prunus.model.checkpoint.files import check_file_place, make_folder, write_text
+from prunus.model.checkpoint.files import (
+    check_file_place,
+    has_content,
+    make_folder,
+    write_text,
+)
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.rounding.cards import CardWords
 from prunus.rounding.compression_record import CompressionRecord
@@ -315,7 +320,7 @@ class GgufPlan(SizePlan):
         if self.given.recipe.rounding == "feedback":
             super().check_lists(paths)
         for path in paths:
-            check_file_place(path, OWN_LISTS.fullmatch)
+            check_file_place(path, has_content(OWN_LISTS.fullmatch))
             make_folder(path.parent)
 
     def write_lists(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -42,7 +42,7 @@ from prunus.model.checkpoint.files import (
     write_text,
 )
 from prunus.model.checkpoint.lock import LOCK_NAME
-from prunus.model.checkpoint.output_folder import is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.tensor_files import FileTensor, TensorInfo, Writable, save_safetensors
 from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
@@ -66,12 +66,15 @@ class ImportOptions(Options):
 
 
 class ImportRecord(RootModel[dict[str, Any]]):
-    """What an import wrote, as values for JSON. No file holds it.
+    """What an import wrote, as values for JSON. The file `prunus-import.json` has it.
 
     `architecture` (llama.cpp's name), `parameters` (count), `tied` (whether head and embedding are
     one matrix), `chat_template` (whether there is one), `types` (those of the file -> share of the
-    weights), `dtype`, `files` (names), `bytes` (of all files).
+    weights), `dtype`, `files` (names), `bytes` (of all files). The file also has the `state`:
+    "running" until all files have their names. By `files` an import knows what it may replace.
     """
+
+    FILE: ClassVar[str] = "prunus-import.json"
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,11 @@ def import_gguf(
 
     Raises:
         FileNotFoundError: There is no such file.
-        FileExistsError: `dest` holds something and `overwrite` is not set, or another run holds it.
+        FileExistsError: `dest` holds something and `overwrite` is not set, or holds files that no
+            import wrote, or another run holds it. What a killed import left is replaced.
         ModuleNotFoundError: The extra `gguf` is not installed.
-        ValueError: It is no GGUF file, it is truncated or damaged, or transformers cannot import
-            the model.
+        ValueError: It is no GGUF file, it is truncated or damaged, it lies in `dest`, or
+            transformers cannot import the model.
     """
     recipe, options = ImportOptions(dtype=dtype), RunOptions(overwrite=overwrite)
     command = Importing(Path(path), Path(dest), recipe, options)
@@ -157,10 +161,11 @@ def unpack_gguf(
 
 
 class ImportResult(Result[Any]):
-    """The folder of an import, which holds no record, so that no run goes on with another."""
+    """The folder of an import. A killed import begins anew, so no run goes on with another."""
 
     def earlier(self, model: str | Path, recipe: Options, options: RunOptions) -> None:
         """Check that the folder may be written; see `check_destination`."""
+        check_apart(self.folder, Path(model))
         check_destination(self.folder, overwrite=options.overwrite)
 
 
@@ -187,12 +192,15 @@ class Importing(Command[ImportPlan, ImportRecord]):
             try:
                 figures = _fill(plan, staging, session)
                 session.tell(f"writing {dest}")
+                sizes = {x.name: x.stat().st_size for x in sorted(staging.iterdir())}
+                figures |= {"files": [*sizes], "bytes": sum(sizes.values())}
+                record, before = dest / ImportRecord.FILE, _files_of(dest)
+                write_json(record, {"state": "running", "files": sorted({*sizes, *before})})
                 _put_in_place(staging, dest)
+                write_json(record, {"state": "finished", **figures})
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-            written = (x for x in dest.iterdir() if x.is_file() and x.name != LOCK_NAME)
-            sizes = {x.name: x.stat().st_size for x in sorted(written)}
-            return figures | {"files": [*sizes], "bytes": sum(sizes.values())}
+            return figures
 
         return ImportRecord(on_rank_0(write))
 
@@ -236,11 +244,41 @@ def _fill(plan: ImportPlan, folder: Path, session: Session) -> dict[str, Any]:
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless the folder `dest` is missing, vacant, or may be overwritten."""
-    if not is_vacant(dest) and not overwrite:
+    """Check that an import may write into a folder: it is vacant, or holds what an import wrote.
+
+    Args:
+        dest: The folder, which need not exist.
+        overwrite: Whether a finished import may be replaced. What a killed one left always is.
+
+    Raises:
+        FileExistsError: It may not; names files that no import wrote.
+        ValueError: The record in the folder is damaged.
+    """
+    if is_vacant(dest):
+        return
+    known = {*_files_of(dest), ImportRecord.FILE, LOCK_NAME}
+    names = [x.name for x in sorted(dest.iterdir()) if not x.name.endswith(TEMPORARY_SUFFIX)]
+    if foreign := [name for name in names if name not in known]:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise FileExistsError(
-            f"{dest}: the folder is not empty; choose another one or give `overwrite`"
+            f"{dest} holds files that no import wrote ({', '.join(foreign[:3])}{more}); it is left "
+            "as it is. Move them away, or choose another folder"
         )
+    finished = read_json(dest / ImportRecord.FILE).get("state") == "finished"
+    if finished and not overwrite:
+        raise FileExistsError(
+            f"{dest} holds a finished import; choose another folder or give `overwrite`"
+        )
+
+
+def _files_of(dest: Path) -> list[str]:
+    """The names of the files that an earlier import wrote into a folder, or was writing."""
+    path = dest / ImportRecord.FILE
+    content = read_json(path) if path.is_file() else {}
+    names = content.get("files", []) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is damaged: it lists no files. Move the folder away")
+    return names
 
 
 def _convert(path: Path, file: GgufFile, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -418,7 +456,7 @@ def _put_in_place(staging: Path, dest: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     # The configuration makes a folder a model, so it is removed first and appears last.
-    needed = (staging.name, LOCK_NAME)
+    needed = (staging.name, LOCK_NAME, ImportRecord.FILE)
     old = [path for path in dest.iterdir() if path.name not in needed]
     for path in sorted(old, key=lambda path: path.name != "config.json"):
         remove(path)

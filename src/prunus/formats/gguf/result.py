@@ -26,6 +26,7 @@ from prunus.engine.folder import ResultFolder, remove_result
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import checked_record
 from prunus.formats.gguf.contents import bytes_of
 from prunus.formats.gguf.file import RECORD_FIELD, check_extra, open_gguf, write_gguf
 from prunus.formats.gguf.modelfile import modelfile
@@ -34,6 +35,7 @@ from prunus.formats.gguf.types import FULL_TYPES
 from prunus.model.checkpoint.files import (
     check_file_place,
     check_place,
+    has_content,
     move_file,
     replacing,
     write_text,
@@ -44,13 +46,14 @@ from prunus.model.formats import reader_of
 from prunus.options import Options
 from prunus.rounding.cards import quantized_card
 from prunus.rounding.compression_record import CompressionRecord
+from prunus.words import reason
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"
 # The ends of the names of what lies beside the file.
 _BESIDE = (".Modelfile", ".README.md")
 # Whether prunus wrote such a file: it says so.
-_is_own = re.compile(b"prunus").search
+_is_own = has_content(re.compile(b"prunus").search)
 
 
 def reproducible(record: CompressionRecord) -> str:
@@ -78,7 +81,13 @@ def read_record(path: Path) -> CompressionRecord | None:
         ValueError: The file or its record is damaged.
     """
     text = open_gguf(path).get(RECORD_FIELD)
-    return None if not text or not text.strip() else CompressionRecord.model_validate_json(text)
+    if not text or not text.strip():
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as fault:
+        raise ValueError(f"{path} is damaged: its record is no JSON ({reason(fault)})") from fault
+    return checked_record(content, CompressionRecord, path)
 
 
 def finished_file(path: Path, recipe: Options) -> CompressionRecord | None:

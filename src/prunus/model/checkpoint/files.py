@@ -31,6 +31,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -39,7 +40,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunus.words import reason
+from prunus.words import in_bytes, reason
 
 _MIB = 2**20
 #: End of a file's name -> its most bytes. Weights and other files have no limit here.
@@ -58,6 +59,13 @@ _KINDS = {
     stat.S_ISSOCK: "a socket",
     stat.S_ISDIR: "a folder",
 }
+# Files of a model, of its tokenizer, of a result or of a sweep, which no figures replace ...
+_OF_MODELS = re.compile(
+    r"(.*config|.*\.index|tokenizer|vocab|special_tokens_map|added_tokens|chat_template|prunus.*)"
+    r"\.json|README\.md"
+)
+# ... and how JSON begins.
+_JSON_BEGINS = re.compile(rb"\s*([\[{]|\Z)")
 #: End of the name of every file that is not finished yet.
 TEMPORARY_SUFFIX = ".partial"
 # Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
@@ -73,6 +81,7 @@ RECORD_FILES = (
     "prunus-compress.json",
     "prunus.json",
     "prunus-structure.json",
+    "prunus-import.json",
 )
 #: Absolute path of a folder that this process holds -> the open handle of that folder.
 _held: dict[Path, int] = {}
@@ -238,26 +247,43 @@ def check_place(path: Path) -> None:
         )
 
 
-def check_file_place(path: Path, is_own: Callable[[bytes], object]) -> None:
-    """Check that a small file can be written to `path`.
+def check_file_place(path: Path, is_own: Callable[[Path], object]) -> None:
+    """Check that a file beside a result can be written to `path`: the one answer for all commands.
 
     Args:
         path: The file.
-        is_own: Whether a file of this content may be replaced.
+        is_own: Whether the regular file that has this name may be replaced; see `has_content` and
+            `holds_figures`.
 
     Raises:
         FileExistsError: Something else has this name.
         ValueError, OSError: No file of this name can be made; see `check_place`.
     """
     check_place(path)
-    # A model that is named by mistake is not read.
-    if os.path.lexists(path) and not (
-        path.is_file() and path.stat().st_size < 2**30 and is_own(path.read_bytes())
-    ):
+    if os.path.lexists(path) and not (path.is_file() and is_own(path)):
         raise FileExistsError(
             f"{path} exists and was not written by this command; it is left as it is. Move it "
             "away, or choose another name"
         )
+
+
+def has_content(is_own: Callable[[bytes], object]) -> Callable[[Path], bool]:
+    """Whether a file may be replaced, by its content. A model that is named by mistake is not read.
+
+    Args:
+        is_own: Whether a file of this content may be replaced.
+    """
+    return lambda path: path.stat().st_size < 2**30 and bool(is_own(path.read_bytes()))
+
+
+def belongs_to_model(path: Path) -> bool:
+    """Whether a file has a name of those that belong to a model, its tokenizer or a result."""
+    return _OF_MODELS.fullmatch(path.name) is not None
+
+
+def holds_figures(path: Path) -> bool:
+    """Whether a file is JSON that belongs to no model and no result, so that figures replace it."""
+    return not belongs_to_model(path) and has_content(_JSON_BEGINS.match)(path)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -345,11 +371,11 @@ def move_file(path: Path, target: Path, replaces: bool) -> None:
 
 def _no_space(path: Path, nbytes: int | None) -> OSError:
     """The error of a disk that became full while `path` was written."""
-    size = "it" if nbytes is None else f"its {nbytes / 1e9:.3f} GB"
-    free = shutil.disk_usage(path.parent).free / 1e9
+    size = "it" if nbytes is None else f"its {in_bytes(nbytes)}"
+    free = in_bytes(shutil.disk_usage(path.parent).free)
     return OSError(
         errno.ENOSPC,
-        f"No space left on the disk for {path}: {size} must fit, and {free:.3f} GB are free. "
+        f"No space left on the disk for {path}: {size} must fit, and {free} are free. "
         "Finished files are kept: make room, and the same command continues",
     )
 

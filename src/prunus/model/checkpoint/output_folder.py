@@ -15,6 +15,7 @@ from prunus.model.checkpoint.files import (
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
 from prunus.model.formats import format_of, suffixes
+from prunus.words import in_bytes
 
 #: Most bytes of a file that is copied next to the weights: 1 GiB, far more than any tokenizer has.
 _MAX_BYTES = 2**30
@@ -129,8 +130,8 @@ def check_disk(output: Path, needed: int) -> None:
     ).free
     if free < needed:
         raise OSError(
-            f"not enough disk for {output}: the result needs {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB are free; make room, or choose a folder on another disk"
+            f"not enough disk for {output}: the result needs {in_bytes(needed)} and "
+            f"{in_bytes(free)} are free; make room, or choose a folder on another disk"
         )
 
 
