@@ -479,7 +479,7 @@ def test_a_weight_that_is_not_there(name, method, tmp_path, refused):
     ("silent", "message"),
     [
         ("", r"'org/model' is neither .* hub: no route to the hub$"),
-        ("no name", r"'org/model' is no local folder, .* answer \(no name\)\. Give the folder"),
+        ("no name", r"'org/model' is neither .* no answer \(no name\)\. Give the folder of a"),
     ],
 )
 def test_a_hub_id_that_cannot_be_downloaded(silent, message, monkeypatch, refused):

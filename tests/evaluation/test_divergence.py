@@ -513,6 +513,11 @@ def test_eval_shows_and_writes_figures_single_tokens_and_differences(root, tmp_p
     sign = f"+{changes[0]['value']:.5f} ± {changes[0]['stderr']:.5f}"
     assert sign in markdown
     assert "| model | text | KL median |" in markdown
+    # Beside the dense model, the same top token is a share, as llama-perplexity prints it.
+    beside = call("eval", root / "dense", models[0], *given, *options[:-2]).stdout
+    share = first["divergence"]
+    assert f"{share['same_top']:.2%} ± {share['same_top_stderr']:.2%}" in beside
+    assert f"-{1 - share['same_top']:.2%}" not in beside
 
 
 def test_chats_are_scored_in_the_template_of_the_model(tmp_path):

@@ -456,10 +456,27 @@ def test_a_sparsity_that_was_missed_stands_beside_the_one_that_was_asked_for(tmp
     prunus.prune(dense, tmp_path / "missed", sparsity=0.7, **how)
     prunus.prune(dense, tmp_path / "reached", sparsity=0.5, **how)
     missed, reached = (
-        dict(report([tmp_path / name]).sections[0].parts[0].items)["sparsity reached"]
+        dict(report([tmp_path / name]).sections[0].parts[0].items)["sparsity of the pruned linears"]
         for name in ("missed", "reached")
     )
     assert (missed, reached) == ("68.75% (asked for: 70.00%)", "50.00%")
+
+
+def test_the_sparsity_of_pruned_linears_and_that_of_all_have_names_that_say_which(tmp_path):
+    dense, out = tiny_checkpoint(tmp_path / "dense"), tmp_path / "out"
+    manifest = prunus.prune(dense, out, calibration=token_ids(), ignore=["*.1.mlp.*"])
+    found, shown = prunus.inspect(out), dict(report([out]).sections[0].parts[0].items)
+    assert found.sparsity < 0.45
+    for which, share in (
+        ("pruned_linears", pytest.approx(0.5, abs=0.001)),
+        ("all_linears", pytest.approx(found.sparsity)),
+    ):
+        assert manifest.totals[f"sparsity_of_{which}"] == share
+        assert found.as_dict()[f"sparsity_of_{which}"] == share
+    assert shown["sparsity of the pruned linears"] == "50.00%"
+    assert shown["sparsity of all linears"] == f"{found.sparsity:.2%}"
+    for text in ((out / "README.md").read_text(), manifest._repr_html_(), found._repr_html_()):
+        assert "50.00%" in text and f"{found.sparsity:.2%}" in text
 
 
 # --- smaller models ---

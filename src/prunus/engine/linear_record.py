@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,6 +131,8 @@ class BlockRecord(RecordPart):
             bits of methods that use one depend on this number.
         linears: By relative name. Errors are those before reconstruction, zeros and sparsity those
             of the result.
+        dense_zeros: By relative name, the zeros of the linears that stayed dense; None in records of
+            earlier versions.
         reconstruction: None for blocks that were not reconstructed.
     """
 
@@ -139,6 +142,7 @@ class BlockRecord(RecordPart):
     seconds: float = 0.0
     ranks: int = 1
     linears: dict[str, LinearRecord]
+    dense_zeros: dict[str, int] | None = None
     reconstruction: ReconstructionRecord | None = None
 
 
@@ -177,9 +181,12 @@ class LinearsRecord(BlockwiseRecord):
 
         Means over linears count each linear once, whatever its size, and are None where no linear
         has the figure. `zeros_before` counts the zeros of the dense weights. The figures of bits
-        and of experts are missing where a run has none.
+        and of experts are missing where a run has none. `sparsity_of_all_linears` is that of all
+        linears in the blocks, as `inspect` counts it; it is missing where the record of an earlier
+        version does not say it.
         """
         linears = [linear for block in self.blocks for linear in block.linears.values()]
+        of_all = self._of_all_linears(linears)
         linears += [self.head] if self.head is not None else []
         weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
         zeros = sum(linear.zeros for linear in linears)
@@ -191,6 +198,7 @@ class LinearsRecord(BlockwiseRecord):
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
+            **of_all,
             "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
             "zeros_before": sum(x.notes.get("zeros_before", 0) for x in linears),
@@ -198,6 +206,18 @@ class LinearsRecord(BlockwiseRecord):
             **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
+
+    def _of_all_linears(self, changed: Sequence[LinearRecord]) -> dict[str, float]:
+        """`sparsity_of_all_linears` of the blocks, whose linears are `changed` or stayed dense."""
+        zeros = sum(linear.zeros for linear in changed)
+        weights = sum(math.prod(linear.shape) for linear in changed)
+        for block in self.blocks:
+            if block.dense_zeros is None:
+                return {}
+            zeros += sum(block.dense_zeros.values())
+            keys = (f"{block.name}.{name}.weight" for name in block.dense_zeros)
+            weights += sum(math.prod(self.left_dense.get(key, (0,))) for key in keys)
+        return {"sparsity_of_all_linears": zeros / weights} if weights else {}
 
     def table(self) -> Table:
         """One row per kind of linear, and the totals; the head comes last."""
@@ -250,6 +270,9 @@ class LinearsRecord(BlockwiseRecord):
         if totals["zeros_before"]:
             share = totals["zeros_before"] / totals["weights"]
             lines.append(f"the model had {share:.1%} zeros already")
+        if any(block.dense_zeros for block in self.blocks):
+            share = totals["sparsity_of_all_linears"]
+            lines.append(f"zeros of all linears in the blocks, those left dense too: {share:.2%}")
         if self.grid_bits is not None:
             lines.append(
                 f"The weights seem to come from a file of about {self.grid_bits} bits. So results "

@@ -29,6 +29,7 @@ from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_fol
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.masks import (
     Readable,
     compare_masks,
@@ -80,6 +81,8 @@ class Inspection:
         compared: Full name of a linear, or "all" -> how its zeros compare with those of the other
             model; see `compare_masks`.
         audits: What a GGUF file holds, or two of them; see `formats.gguf.audit.FileAudit`.
+        pruned: Full names of the linears that prunus pruned, by the record in the folder; empty
+            without one.
         unread: Why no linears are listed: transformers does not read the file. None where they are,
             and where two files are compared.
     """
@@ -93,6 +96,7 @@ class Inspection:
     compared: dict[str, dict[str, float | None]] = field(default_factory=dict)
     audits: tuple[Any, ...] = ()
     unread: str | None = None
+    pruned: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def weights(self) -> int:
@@ -105,6 +109,12 @@ class Inspection:
         return sum(linear.zeros for linear in self.linears) / max(1, self.weights)
 
     @property
+    def sparsity_of_pruned_linears(self) -> float | None:
+        """Share of exact zeros in the linears that prunus pruned; None if it pruned none."""
+        pruned = tuple(linear for linear in self.linears if linear.name in self.pruned)
+        return replace(self, linears=pruned).sparsity if pruned else None
+
+    @property
     def bits(self) -> float | None:
         """Mean bits per weight of the linears of a compressed model; None in a plain checkpoint."""
         return mean_bits(self.linears)
@@ -112,8 +122,14 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values for JSON."""
         rows = [asdict(linear) | {"sparsity": linear.sparsity} for linear in self.linears]
-        totals = {"weights": self.weights, "sparsity": self.sparsity, "bits": self.bits}
-        return asdict(self) | totals | {"linears": rows}
+        totals = {
+            "weights": self.weights,
+            "sparsity": self.sparsity,
+            "sparsity_of_all_linears": self.sparsity,
+            "sparsity_of_pruned_linears": self.sparsity_of_pruned_linears,
+            "bits": self.bits,
+        }
+        return asdict(self) | totals | {"linears": rows, "pruned": sorted(self.pruned)}
 
     def table(self) -> Table:
         """One row per linear."""
@@ -130,7 +146,13 @@ class Inspection:
         ]
         total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
         verified = f"shards that have the bytes that were written: {self.verified}"
+        of_pruned = self.sparsity_of_pruned_linears
         notes = [
+            *(
+                []
+                if of_pruned is None
+                else [f"zeros of the pruned linears: {of_pruned:.2%}; of all: {self.sparsity:.2%}"]
+            ),
             *(["bits: per weight of a linear, with its scales"] if self.bits else []),
             *([] if self.verified is None else [verified]),
         ]
@@ -196,6 +218,7 @@ def inspect(
     """
     verified, audits = None, _audits(model, other)
     types: dict[str, tuple[str, float]] = {}
+    pruned = frozenset[str]()
     other_name = str(other) if isinstance(other, str | Path) else other and type(other).__name__
     if isinstance(model, nn.Module):
         if verify:
@@ -211,6 +234,9 @@ def inspect(
         # What is unpacked has other shards.
         stored = Path(name) if kind else resolve_folder(model)
         verified = verify_shards(stored) if verify else None
+        if (stored / Manifest.FILE).is_file():
+            blocks_of_run = Manifest.load(stored).blocks
+            pruned = frozenset(f"{x.name}.{name}" for x in blocks_of_run for name in x.linears)
         blocks = audits[0].blocks if audits else 0
         held = Inspection(name, blocks, (), {}, other=other_name, audits=audits)
         if len(audits) > 1:
@@ -228,7 +254,8 @@ def inspect(
     source, skeleton = open_weights(model, trust_remote_code)
     linears = tuple(_linears(source, skeleton, types))
     dense = dict(each for x in range(len(skeleton)) for each in skeleton.left_dense(x).items())
-    return Inspection(name, len(skeleton), linears, dense, verified, other_name, compared, audits)
+    found = (name, len(skeleton), linears, dense, verified, other_name, compared, audits)
+    return Inspection(*found, pruned=pruned)
 
 
 def _audits(*models: Any) -> tuple[Any, ...]:

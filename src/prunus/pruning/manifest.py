@@ -36,6 +36,11 @@ class Manifest(LinearsRecord):
         """The method."""
         return self.method_name or self.recipe.method
 
+    def summary(self) -> dict[str, Any]:
+        """See `LinearsRecord.summary`. `sparsity` is the earlier name of that of pruned linears."""
+        totals = super().summary()
+        return totals | {"sparsity_of_pruned_linears": totals["sparsity"]}
+
     @property
     def asked_sparsity(self) -> float:
         """The recipe's sparsity, or what was reached if the user gives every linear its own."""
@@ -112,8 +117,12 @@ def pruned_card(
             None for a loaded model.
         nbytes: Bytes of the files with weights; None where there are no files.
     """
-    totals = manifest.totals
-    sparsity = totals.get("sparsity", 0.0)
+    totals = manifest.all_totals()
+    sparsity, of_all = totals["sparsity"], totals.get("sparsity_of_all_linears")
+    in_all, field = "", ""
+    if of_all is not None:
+        in_all = f" Of all linears in the blocks, {of_all:.2%} of the weights are zero."
+        field = f"\n  sparsity_of_all_linears: {of_all:.4f}"
     return result_card(
         manifest,
         "pruned",
@@ -122,10 +131,10 @@ def pruned_card(
             "tokenizer and configuration are the source's: it loads with "
             f"`{loader}.from_pretrained` and is used like the dense model.",
             f"Weights removed: {totals.get('zeros', 0):,} of {totals.get('weights', 0):,} in the "
-            f"pruned linears ({sparsity:.2%}). Calibration: {calibration_words(manifest)}.",
+            f"pruned linears ({sparsity:.2%}).{in_all} Calibration: {calibration_words(manifest)}.",
         ],
         tags=["pruned", "sparse", f"sparsity-{100 * sparsity:.0f}"],
         nbytes=nbytes,
-        fields={"prunus": f"\n  method: {manifest.what}\n  sparsity: {sparsity:.4f}"},
+        fields={"prunus": f"\n  method: {manifest.what}\n  sparsity: {sparsity:.4f}{field}"},
         source=source,
     )

@@ -75,9 +75,11 @@ def evaluation_section(content: dict[str, Any]) -> Section:
     tasks = {
         model["model"]: _metrics(model["tasks"]) for model in models if model["tasks"] is not None
     }
-    pairs = _pairs(content.get("text_differences", []), names)
+    reference = content.get("reference")
+    dense_name = None if reference is None else reference["model"]
+    pairs = _pairs(content.get("text_differences", []), names, dense_name)
     parts = [*_quality(scores, sizes, names), *pairs, *_tasks(tasks, content["differences"], names)]
-    if (reference := content.get("reference")) is not None:
+    if reference is not None:
         dense = _size(reference)
         words = [(names[x], _in_short(scores[x], sizes[x], dense)) for x in names]
         parts.insert(0, Facts("Next to the dense model", tuple(words), headline=True))
@@ -182,8 +184,14 @@ def _quality(
     return [*tables, *charts]
 
 
-def _pairs(changes: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[Table]:
-    """One row for every two models and every text: how much more the first loses."""
+def _pairs(
+    changes: Sequence[dict[str, Any]], names: Mapping[str, str], reference: str | None
+) -> list[Table]:
+    """One row for every two models and every text: how much more the first loses.
+
+    Beside the reference, whose own share of the same top token is 1, stands the share of the other
+    model, as llama-perplexity prints it.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for change in changes:
         model, than, text = names[change["model"]], names[change["than"]], change["task"]
@@ -191,12 +199,15 @@ def _pairs(changes: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[
         row = rows.setdefault((model, than, text), place)
         title = _PAIRED.get(change["metric"], change["metric"])
         row[title] = Measured(change["value"], change["stderr"])
+        if change["metric"] == "same_top" and reference in (change["model"], change["than"]):
+            row[title] = Measured(1 - abs(change["value"]), change["stderr"], ".2%")
         if change["metric"] == "kl":
             row["beyond chance"] = "yes" if change["beyond_two_standard_errors"] else "no"
     forms = {title: f"+{FORMS.get(title, '.5f')}" for title in _PAIRED.values()}
     note = (
         "Differences of two models, window by window, ± one standard error over windows. Beyond "
-        "chance: the KL divergences differ by more than two standard errors."
+        "chance: the KL divergences differ by more than two standard errors. Beside the reference, "
+        "the same top token is no difference: it is the share of the other model."
     )
     return [table_of("Differences between models", rows.values(), forms, note)] if rows else []
 

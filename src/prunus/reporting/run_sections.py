@@ -27,6 +27,8 @@ from prunus.rounding.compression_record import CompressionRecord
 from prunus.structure.structure_record import StructureRecord, what_was_removed
 from prunus.words import counted, in_bytes
 
+#: The sparsity of all linears in the blocks, whether a run changed them or not.
+_OF_ALL = "sparsity of all linears"
 #: Name of an error -> its definition.
 _DEFINITIONS = {
     "relative output error": (
@@ -91,9 +93,10 @@ def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
     for name, record in _named(records).items():
         totals = record.all_totals()
         error, mean = mean_error(totals)
-        row = {"run": name, "sparsity reached": totals["sparsity"], "bits": totals.get("bits")}
+        row = {"run": name, "sparsity of its linears": totals["sparsity"]}
+        row |= {_OF_ALL: totals.get("sparsity_of_all_linears"), "bits": totals.get("bits")}
         rows.append(row | {error: mean, "seconds": totals["seconds"]})
-    forms = {"sparsity reached": ".2%", "bits": ".3f", "seconds": ".1f"}
+    forms = {"sparsity of its linears": ".2%", _OF_ALL: ".2%", "bits": ".3f", "seconds": ".1f"}
     forms |= dict.fromkeys(_DEFINITIONS, ".3%")
     table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
     title = "Runs beside each other"
@@ -245,10 +248,13 @@ def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, s
     sparsity = f"{totals['sparsity']:.2%}"
     if isinstance(manifest, Manifest) and manifest.misses(totals["sparsity"]):
         sparsity += f" (asked for: {manifest.asked_sparsity:.2%})"
+    of_all = totals.get("sparsity_of_all_linears")
+    all_linears = [] if of_all is None else [(_OF_ALL, f"{of_all:.2%}")]
     if not isinstance(manifest, CompressionRecord):
-        return [("sparsity reached", sparsity), ("weights removed", counts)]
-    reached, size, recipe = totals.get("bits"), manifest.size, manifest.recipe
-    bits = "not known yet" if reached is None else f"{reached:.3f}"
+        reached = ("sparsity of the pruned linears", sparsity)
+        return [reached, *all_linears, ("weights removed", counts)]
+    mean_bits, size, recipe = totals.get("bits"), manifest.size, manifest.recipe
+    bits = "not known yet" if mean_bits is None else f"{mean_bits:.3f}"
     asked = f"{recipe.bits:g}" if recipe.bits else f"a file of {recipe.target}"
     return [
         *(
@@ -260,7 +266,8 @@ def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, s
             ]
         ),
         ("bits per weight of the linears", f"{bits} (asked for: {asked})"),
-        ("zeros", f"{sparsity}: {counts}"),
+        ("zeros of the rounded linears", f"{sparsity}: {counts}"),
+        *all_linears,
     ]
 
 

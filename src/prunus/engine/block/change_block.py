@@ -156,6 +156,11 @@ class BlockChanger:
             seconds=round(time.perf_counter() - started, 3),
             ranks=ranks().size,
             linears={linear.name: state.records[linear.name] for linear in state.linears},
+            dense_zeros={
+                linear.name: count_zeros(state.finished[f"{linear.name}.weight"])
+                for linear in self.skeleton.linears(position)
+                if linear.name not in state.records
+            },
             reconstruction=state.reconstructed,
         )
         done = "pruned" if self.round_as is None else "compressed"

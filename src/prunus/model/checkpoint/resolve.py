@@ -89,9 +89,9 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
     except Exception as fault:
         if silent:
             raise FileNotFoundError(
-                f"{name!r} is no local folder, was not downloaded earlier, and the hub gives no "
-                f"answer ({silent}). Give the folder of a checkpoint{_similar(path)}; "
-                "benchmarks/fetch_model.py gets a small model without the hub"
+                f"{name!r} is neither a local folder nor a model that was downloaded earlier, and "
+                f"the hub gives no answer ({silent}). Give the folder of a checkpoint; "
+                f"benchmarks/fetch_model.py gets a small one without the hub{_similar(path)}"
             ) from fault
         said = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         # Without the number that the system has for an error.
