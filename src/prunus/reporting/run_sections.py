@@ -92,7 +92,7 @@ def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
         totals = record.all_totals()
         error, mean = mean_error(totals)
         row = {"run": name, "sparsity reached": totals["sparsity"], "bits": totals.get("bits")}
-        rows.append(row | {error: mean, "seconds": totals["seconds"]})
+        rows.append(row | {error: mean, "seconds": totals.get("seconds")})
     forms = {"sparsity reached": ".2%", "bits": ".3f", "seconds": ".1f"}
     forms |= dict.fromkeys(_DEFINITIONS, ".3%")
     table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
@@ -265,6 +265,7 @@ def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, s
 
 
 def _by_linear(manifest: LinearsRecord, error: str) -> Table:
+    timed = "seconds" in manifest.all_totals()
     rows = [
         {
             "block": number,
@@ -274,7 +275,7 @@ def _by_linear(manifest: LinearsRecord, error: str) -> Table:
             "sparsity reached": x.sparsity,
             "bits": x.bits,
             error: x.error,
-            "seconds": x.seconds,
+            "seconds": x.seconds if timed else None,
             "notes": "; ".join(f"{key}: {value}" for key, value in x.notes.items()) or None,
         }
         for number, block in enumerate(manifest.blocks)
