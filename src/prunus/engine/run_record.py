@@ -307,7 +307,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _brief(value: Any) -> str:
     """A value in an error; of a hash, its beginning."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"
+    return text if len(text) <= 60 else f"{str(value)[:12]}…"
 
 
 def source_name(record: RunRecord) -> str:
