@@ -58,11 +58,14 @@ class Column:
         form: The Python format of its figures, such as ".2%"; None if it holds text.
         best: Which of its figures is the best one, which LaTeX prints in bold; None if the column
             is no comparison.
+        unit: The figure that is the unit of the column by definition, and so never the best one;
+            None for none.
     """
 
     title: str
     form: str | None = None
     best: Best | None = None
+    unit: float | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Lines:
         log_x: Whether the x axis is logarithmic.
         log_y: Whether the y axis is logarithmic.
         round_ticks: Whether the x axis has ticks at round numbers, rather than one at every value.
+        x_names: The names of the values 0, 1, 2, … on the x axis; empty if they are numbers.
     """
 
     title: str
@@ -145,6 +149,11 @@ class Lines:
     log_x: bool = False
     log_y: bool = False
     round_ticks: bool = False
+    x_names: tuple[str, ...] = ()
+
+    def tick(self, x: float) -> str:
+        """What stands at a value of the x axis."""
+        return self.x_names[int(x)] if self.x_names else f"{x:g}"
 
 
 #: What a section consists of.

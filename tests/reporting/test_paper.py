@@ -41,6 +41,9 @@ def latex_rows(text: str) -> list[list[str]]:
     bare = re.sub(r"\\[\\{}&%$#_]", "", body)
     assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
     assert not re.search(r"[#%_<>\x80-\xbf\u0100-\uffff]", bare)
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", body), "an argument of what comes before"
+    labels = re.findall(r"\\label\{([a-z0-9:-]+)\}", body)
+    assert len(set(labels)) == len(labels) == body.count(r"\toprule")
     assert re.findall(r"begin\{(\w+)", body) == ["table", "tabular"] * body.count(r"\toprule")
     tables = re.findall(r"begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular", body, re.DOTALL)
     rows = []
@@ -77,10 +80,12 @@ def test_latex_has_a_row_for_each_method_and_the_best_of_each_column_in_bold(swe
     assert rows[:5] == [
         ["method", r"50\%", r"60\%", r"70\%"],
         ["dense", "20.500", "20.500", "20.500"],
-        ["magnitude", "522.020 (1 seed)", "--", "--"],
+        ["magnitude", "522.02 (1 seed)", "--", "--"],  # five digits
         ["wanda", r"32.000 $\pm$ 1.061", "61.500 (1 seed)", "61.500 (1 seed)"],
         ["wanda, recovered by lora", r"\textbf{27.500 (1 seed)}", "--", "--"],
     ]
+    unit = ["wanda", r"1.000 $\pm$ 0.000", "1.000 (1 seed)", "1.000 (1 seed)"]
+    assert unit in rows, "Wanda's residual gap is 1 by definition, and no result"
     place = rows.index(["dense", *[r"70.00\%"] * 3])  # a dense model does not compete
     accuracies = {name: accuracy for name, accuracy, *_ in rows[place + 1 :]}
     assert accuracies["magnitude"] == r"\textbf{50.00\% (1 seed)}", "equal ones are all the best"
@@ -126,12 +131,19 @@ def test_an_evaluation_is_a_table_for_a_paper(tmp_path):
     assert ["a", r"\textbf{75.00\% $\pm$ 25.00\%}"] in rows
 
 
-def test_hostile_names_are_text_in_latex(tmp_path, run):
+def test_hostile_names_are_text_in_latex_and_in_spreadsheets(tmp_path, run):
     results = sweep_results(HOSTILE + "中~^é", HOSTILE, HOSTILE, other=0.6)
+    names = ("=1+1", "[own]", "*own", "-own", "@own", "\town", "-1.5", "+own")
+    for cell, name in zip(results.cells, names, strict=True):
+        cell.method_name = name
     results.save(tmp_path)
-    text = to_latex(prunus.report([tmp_path, run]))
+    text = to_latex(prunus.report([tmp_path, run, tmp_path]))
     latex_rows(text)
     assert r"\textbf" in text and "self" in text
+    found = csv.DictReader(io.StringIO(to_csv(prunus.report(tmp_path))))
+    assert [row["method"] for row in found] == [
+        "dense", "'=1+1", "[own]", "*own", "'-own", "'@own", "'\town", "-1.5", "'+own"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -211,11 +223,24 @@ def test_an_unknown_ending_is_refused_before_any_work(tmp_path):
         prunus.report(tmp_path / "none", tmp_path / "x.xlsx")
 
 
-def test_without_anything_to_plot_the_report_says_what_is_missing(tmp_path):
+def test_a_sweep_over_a_sparsity_and_a_pattern_is_drawn_with_both_by_name(tmp_path):
+    chart = charts(sweep_section(sweep_results()))["Perplexity on wikitext2 by sparsity"]
+    assert (chart.x_title, chart.x_names) == ("sparsity", ("50%", "2:4"))
+    assert {line.name: line.x for line in chart.series}["wanda"] == (0, 1)
+    axis = json.loads(figure_json(chart))["layout"]["xaxis"]
+    assert (axis["tickvals"], axis["ticktext"]) == ([0, 1], ["50%", "2:4"])
+    pytest.importorskip("matplotlib")
     sweep_results().save(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"nothing to plot\. A figure needs a sweep over values of"
-    ):
+    prunus.report(tmp_path, output=tmp_path / "x.svg")
+    assert "2:4" in (tmp_path / "x.svg").read_text()  # matplotlib names what it draws
+
+
+def test_without_anything_to_plot_the_report_says_what_is_missing(tmp_path):
+    results = sweep_results()
+    results.cells = results.cells[:1]
+    results.save(tmp_path)
+    message = r"nothing to plot\. A figure needs a sweep over two or more sparsities or patterns"
+    with pytest.raises(ValueError, match=message):
         prunus.report(tmp_path, output=tmp_path / "x.pdf")
     assert not (tmp_path / "x.pdf").exists()
 

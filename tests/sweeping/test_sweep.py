@@ -1,5 +1,6 @@
 """Sweeps: grid and cells, the same results as single commands, resuming, failures, refusals."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunus
+from changes import edit_tensors, swap_two_tokens
 from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
@@ -31,7 +33,7 @@ from prunus.sweeping.results import CellResult, DenseResult, SweepResults, resid
 from prunus.sweeping.sweep import check_sweep
 from refusals import assert_refused
 from stopping import timeless
-from tiny import weights
+from tiny import shards, weights
 from tiny_tokenizer import byte_tokenizer, dense_checkpoint
 
 pytestmark = pytest.mark.usefixtures("short_python_texts")
@@ -337,8 +339,85 @@ def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_cells, "perplexity", None)
     said: list[str] = []
     prunus.sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
-    assert not said
+    names = [name for name, _, _ in SweepResults.load(swept).every_model()]
+    assert said == [f"keeps {', '.join(names)}"]
     assert (tmp_path / "out/results.json").read_bytes() == (swept / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["scored", "calibration", "weights", "tokenizer"])
+@pytest.mark.parametrize(
+    ("lines", "stops"), [(2, True), (4, True), (4, False), (7, True), (99, True)]
+)
+def test_no_figure_stays_of_a_text_or_a_model_that_changed(changed, lines, stops, dense, tmp_path):
+    """It changes when a sweep says its line of this number, which goes on or stops; or later."""
+    model, out = shutil.copytree(dense, tmp_path / "dense"), tmp_path / "out"
+    files = {name: tmp_path / f"{name}.txt" for name in ("scored", "calibration")}
+    for file in files.values():
+        file.write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    sweep = sweep_of(
+        model,
+        {"method": ["magnitude", "wanda"]},
+        recipe=BASE | {"calibration": str(files["calibration"])},
+        scoring=SCORING | {"texts": ["python-docs", str(files["scored"])]},
+        keep_checkpoints=lines == 7,
+    )
+
+    def change() -> None:
+        if changed == "weights":
+            edit_tensors(model, lambda held: held["model.layers.1.mlp.up_proj.weight"].mul_(2))
+        elif changed == "tokenizer":
+            swap_two_tokens(model)
+        else:
+            files[changed].write_text("Pack my box with five dozen liquor jugs. " * 20)
+
+    stop = stop_at_line(lines)
+
+    def note(line: str) -> None:
+        try:
+            stop(line)
+        except Stopped:
+            change()
+            if stops:
+                raise
+
+    with contextlib.suppress(Stopped, ValueError):
+        prunus.sweep(sweep, out, progress=note)
+    if lines == 99:
+        change()
+    said: list[str] = []
+    again = prunus.sweep(sweep, out, progress=said.append)
+    fresh = prunus.sweep(sweep, tmp_path / "fresh")
+    assert without_times(again) == without_times(fresh)
+    kept, new = (sorted(folder.glob("cells/*/model")) for folder in (out, tmp_path / "fresh"))
+    assert [*map(shards, kept)] == [*map(shards, new)]
+    if lines == 99:
+        names = ["dense-dense", "dense-magnitude-0.5", "dense-wanda-0.5"]
+        stay = names[:2] if changed == "calibration" else []
+        assert said[: bool(stay)] == [f"keeps {', '.join(stay)}"] * bool(stay)
+        made = " ".join(line for line in said if line.startswith("measures again (another "))
+        assert all((name in made) == (name not in stay) for name in names)
+
+
+@pytest.mark.parametrize("changed", ["text", "calibration"])
+def test_a_recovery_is_made_again_if_its_text_or_what_it_recovers_has_changed(
+    changed, dense, tmp_path
+):
+    files = {name: tmp_path / f"{name}.txt" for name in ("text", "calibration")}
+    for file in files.values():
+        file.write_text("The quick brown fox jumps over the lazy dog; " * 40)
+    short = {"mode": "masked", "teacher": "dense", "text": str(files["text"]), "tokens": 2048}
+    short |= {"seqlen": 32, "held_out": 2, "evaluations": 1}
+    recipe = BASE | {"calibration": str(files["calibration"])}
+    grid = {"method": ["magnitude", "wanda"], "recovery": ["short"]}
+    sweep = sweep_of(dense, grid, recipe=recipe, recovery={"short": short})
+    first, said = prunus.sweep(sweep, tmp_path / "out"), []
+    files[changed].write_text("Pack my box with five dozen liquor jugs. " * 40)
+    again = prunus.sweep(sweep, tmp_path / "out", progress=said.append)
+    assert without_times(again) == without_times(prunus.sweep(sweep, tmp_path / "fresh"))
+    kept = [cell == before for cell, before in zip(again.cells, first.cells, strict=True)]
+    assert kept == {"text": [True, False] * 2, "calibration": [True] * 2 + [False] * 2}[changed]
+    if changed == "calibration":
+        assert any("dense-wanda-0.5 is made again): dense-wanda-0.5+short" in x for x in said)
 
 
 def test_failures_are_recorded_and_tried_again(dense, swept, tmp_path, monkeypatch):
@@ -398,6 +477,11 @@ def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, pru
         assert message in str(fault.value)
         assert (out / "results.json").read_bytes() == before
     assert not pruned
+    results = json.loads(before)
+    results["models"]["dense"].pop("weights_sha256")  # as version 0.4 wrote it
+    (out / "results.json").write_text(json.dumps(results))
+    assert_refused(FileExistsError, "of an earlier version", prunus.sweep, sweep_of(dense), out)
+    (out / "results.json").write_bytes(before)
     wider = prunus.sweep(
         sweep_of(dense, {**GRID, "sparsity": [0.75, 0.5, "2:4"]}, title="another"), out
     )

@@ -161,7 +161,8 @@ def sweep(
 
     Scores are perplexity, KL divergence from the dense model, and accuracy on tasks.
 
-    A killed sweep continues when you give the same command again.
+    A killed sweep continues when you give the same command again. It keeps the figures of texts and
+    models that are what they were, and measures the others again.
     """
     from prunus.sweeping.grid import Sweep
 

@@ -234,7 +234,7 @@ class LinearsRecord(BlockwiseRecord):
                 "zeros": sum(x.zeros for x in records) / weights if weights else 0.0,
                 "bits": mean_bits(records),
                 error: sum(errors) / len(errors) if errors else None,
-                "seconds": sum(x.seconds for x in records),
+                "seconds": sum(x.seconds for x in records) if "seconds" in totals else None,
             }
 
         kinds: dict[str, list[LinearRecord]] = {}
@@ -261,10 +261,11 @@ class LinearsRecord(BlockwiseRecord):
     def _notes(self, totals: dict[str, Any]) -> list[str]:
         """What the table says below its rows."""
         lines = [] if self.state == "finished" else ["The run is not finished."]
-        memory = totals.get("peak_memory_bytes")
+        memory, seconds = totals.get("peak_memory_bytes"), totals.get("seconds")
         lines.append(
-            f"computed in {self.inputs.dtype} on {self.inputs.device}, {totals['seconds']:.1f} s; "
-            + ("" if memory is None else f"peak memory {memory / 1e9:.2f} GB; ")
+            f"computed in {self.inputs.dtype} on {self.inputs.device}"
+            + ("" if seconds is None else f", {seconds:.1f} s")
+            + ("; " if memory is None else f"; peak memory {memory / 1e9:.2f} GB; ")
             + f"calibration: {self.inputs.calibration}, {bos_words(self.inputs.bos)}"
         )
         if totals["zeros_before"]:
@@ -298,7 +299,8 @@ class LinearsRecord(BlockwiseRecord):
     def all_totals(self) -> dict[str, Any]:
         """The recorded totals, and those that follow from the linears where one is missing.
 
-        A record of another version, or a damaged one, may lack some, or hold text for a number.
+        A record of another version, or a damaged one, may lack some, or hold text for a number. The
+        record in a GGUF file has no times, so its totals have no `seconds`.
         """
         recorded = {
             name: value
@@ -306,7 +308,9 @@ class LinearsRecord(BlockwiseRecord):
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         totals = self.summary() | recorded
-        return totals | {"seconds": totals.get("seconds", totals["block_seconds"])}
+        if totals["block_seconds"]:
+            totals.setdefault("seconds", totals["block_seconds"])
+        return totals
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 from prunus.engine.folder import ResultFolder, find_earlier
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_record import RunRecord
+from prunus.engine.run_plan import check_blocks
+from prunus.engine.run_record import BlockwiseRecord, RunRecord
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.tensor_files import Checkpoint
@@ -93,8 +94,14 @@ class Result(Generic[_Record]):
         )
 
     def finish_earlier(self, folder: ResultFolder, plan: Any) -> None:
-        """Check on rank 0 that the finished result of an earlier run is whole, and clean up."""
+        """Check on rank 0 a finished result of an earlier run and its source, and clean up.
+
+        Raises:
+            FileExistsError: The result is not whole, or was made from other weights.
+        """
         check_whole(folder.folder)
+        if isinstance(folder.record, BlockwiseRecord):
+            check_blocks(plan, folder.record)
         remove(folder.folder / MEASUREMENT)  # A run that was killed at its very end left it.
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from prunus.engine.memory_plan import (
     transient_bytes,
 )
 from prunus.engine.run_options import RunOptions, WindowOptions
-from prunus.engine.run_record import Walk
+from prunus.engine.run_record import BlockwiseRecord, Walk
 from prunus.hardware.machine import ROOM_TO_KEEP, process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
@@ -323,6 +323,26 @@ def check_known(digests: Mapping[str, str], block: str, digest: str) -> None:
             f"{block} of the source is not what it was when the run read it first: the checkpoint "
             "was changed since. Put it back as it was, or choose `overwrite` to start again"
         )
+
+
+def check_blocks(plan: RunPlan, record: BlockwiseRecord) -> None:
+    """Check that the source still has the blocks that a finished result was made from.
+
+    Args:
+        plan: The run.
+        record: The record of the result.
+
+    Raises:
+        FileExistsError: A block of the source is another one; names it.
+    """
+    digests = dict(record.measured)
+    for position, block in enumerate(record.blocks):
+        # A smaller model has some of the blocks of the source.
+        name = plan.skeleton.block_name(getattr(block, "made_from", position))
+        digests[name] = block.input_sha256
+    for index in range(len(plan.skeleton)):
+        if (name := plan.skeleton.block_name(index)) in digests:
+            check_known(digests, name, tensors_digest(plan.source.block(index)))
 
 
 class HashedSource:

@@ -233,18 +233,23 @@ class RunRecord(RecordPart):
         Raises:
             FileExistsError: The runs differ; names the first option or input that does.
         """
+        if other := self.difference(recipe, inputs):
+            raise FileExistsError(
+                f"the output folder holds a run with {other}; it is left as it is. Choose another "
+                "folder, or `overwrite` to replace it"
+            )
+
+    def difference(self, recipe: Options, inputs: RunInputs | None = None) -> str:
+        """The first option or input in which this record differs from a run, in words.
+
+        It is empty if they are the same run. The arguments are those of `check_same_run`.
+        """
         before, now = dict(self.recipe), dict(recipe)
         if inputs is not None:
             # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
             before |= self.inputs.deciding()
             now |= inputs.deciding()
-        for key in now:
-            if before.get(key) != now[key]:
-                raise FileExistsError(
-                    f"the output folder holds a run with another {key} ({_brief(before.get(key))}, "
-                    f"now {_brief(now[key])}); it is left as it is. Choose another folder, or "
-                    "`overwrite` to replace it"
-                )
+        return first_difference(before, now)
 
     def forget_missing(self, missing: set[str]) -> bool:
         """Forget deleted shards, and what depends on them.
@@ -300,10 +305,25 @@ class BlockwiseRecord(RunRecord):
         return True
 
 
+def another(what: str, before: Any, now: Any) -> str:
+    """A difference between two runs, in words.
+
+    >>> another("seed", 0, 1)
+    'another seed (0, now 1)'
+    """
+    return f"another {what} ({_brief(before)}, now {_brief(now)})"
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first value of `now` that was another before, in words; "" if there is none."""
+    others = (another(key, before.get(key), x) for key, x in now.items() if before.get(key) != x)
+    return next(others, "")
+
+
 def _brief(value: Any) -> str:
     """A value in an error; of a hash, its beginning."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"
+    return text if len(text) <= 60 else f"{str(value)[:12]}…"
 
 
 def source_name(record: RunRecord) -> str:

@@ -125,15 +125,22 @@ def _wanted(recipe: WindowOptions, options: RunOptions) -> WindowRequest:
     )
 
 
-def run_inputs(plan: RunPlan, windows: Windows) -> WindowInputs:
+def run_inputs(
+    plan: RunPlan, windows: Windows, outside: dict[str, str] | None = None
+) -> WindowInputs:
     """What the result of a run depends on besides its recipe, for its record.
 
-    All processes must call it. Rank 0 reads every byte outside the blocks to hash it.
+    All processes must call it.
+
+    Args:
+        plan: The run.
+        windows: Its calibration windows.
+        outside: The hashes of the tensors outside the blocks, if they are known. For None rank 0
+            reads every byte of these tensors to hash it.
     """
     source = plan.source
-    outside: dict[str, str] = {}
-    if isinstance(source, CheckpointSource):
-        outside = on_rank_0(source.outside_digests)
+    if outside is None:
+        outside = on_rank_0(source.outside_digests) if isinstance(source, CheckpointSource) else {}
     return WindowInputs(
         checkpoint=source.fingerprint,
         outside=outside,

@@ -167,6 +167,8 @@ class PerplexityResult(EvaluationRecord):
         seconds: Time of scoring alone, without loading, of all models that were side by side.
         streamed: Whether the model was read block by block. The perplexity does not depend on it.
         bos: Whether every window begins with BOS: "yes", "no", or "given" for a file of token ids.
+        windows_sha256: SHA-256 of the token ids of the windows, see `hash_ids`. It tells texts,
+            tokenizers and windows apart. None in files of earlier versions.
         divergence: How far the model is from a reference; None without a reference.
         by_window: Name of a figure -> its mean over each window, to compare models window by
             window. Not in the JSON, and empty without a reference.
@@ -182,6 +184,7 @@ class PerplexityResult(EvaluationRecord):
     seconds: float
     streamed: bool = False
     bos: Literal["yes", "no", "given"] = "no"
+    windows_sha256: str | None = None
     divergence: Divergence | None = None
     by_window: Annotated[dict[str, tuple[float, ...]], Field(exclude=True)] = field(
         default_factory=dict, compare=False
@@ -193,6 +196,12 @@ class PerplexityResult(EvaluationRecord):
         if self.divergence is not None:
             figures |= self.divergence.figures(of_tokens=False)
         return figures
+
+    @property
+    def measured_on(self) -> str:
+        """The protocol, with the beginning of the hash of the windows."""
+        sha256 = self.windows_sha256
+        return self.protocol if sha256 is None else f"{self.protocol} (sha256 {sha256[:12]})"
 
     def token_figures(self) -> dict[str, Any]:
         """The figures of single tokens, and where the largest KL is; empty without a reference."""

@@ -44,6 +44,7 @@ from prunus.calibration.windows import (
     UsedBos,
     bos_token,
     cut_rows,
+    hash_ids,
     put_bos_first,
     refuse_bos,
     used_bos,
@@ -166,7 +167,7 @@ def perplexities(
             `perplexity`.
     """
     chosen = TextOptions.read(None, options)
-    first_scored_row(chosen.protocol, _seqlen(chosen, texts))
+    first_scored_row(chosen.protocol, window_length(chosen, texts))
     for model in models:
         check_as_loaded(model, chosen.dtype, chosen.device)
     inputs = [find_model(model, chosen.trust_remote_code) for model in models]
@@ -193,7 +194,7 @@ def _side_by_side(
     chosen: TextOptions,
 ) -> list[list[PerplexityResult]]:
     """Score models that share the tokens of the texts, beside a reference; see `perplexities`."""
-    seqlen = _seqlen(chosen, texts)
+    seqlen = window_length(chosen, texts)
     batch = 1 if chosen.batch == "auto" else chosen.batch
     loaded = next((model.loaded for model in inputs if model.folder is None), None)
     device = choose_device(chosen.device, loaded)
@@ -242,7 +243,7 @@ def _side_by_side(
     ]
 
 
-def _seqlen(options: TextOptions, texts: Sequence[Any]) -> int:
+def window_length(options: TextOptions, texts: Sequence[Any]) -> int:
     """The tokens per window, by default those of the rows of token ids that a program gives."""
     widths = [text.shape[1] for text in texts if _name(text) == "token ids"]
     return options.seqlen or min(widths, default=PROTOCOLS[options.protocol])
@@ -281,6 +282,7 @@ def _result(
         seconds=seconds,
         streamed=isinstance(model, StreamedModel),
         bos=windows.bos,
+        windows_sha256=hash_ids(windows.ids),
         divergence=divergence,
         by_window=scores.means_by_window(),
     )

@@ -5,6 +5,7 @@ A row of figures maps the title of a column to a value; see `prunus.evaluation.e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +113,12 @@ def evaluation_section(content: dict[str, Any]) -> Section:
         | on_tasks.get(names[model], {})
         for model in names
     ]
-    protocols = {
-        score.source: score.protocol for model_scores in scores.values() for score in model_scores
-    }
-    details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
+    # Models with different tokenizers have different windows of one text.
+    protocols: dict[str, dict[str, None]] = {}
+    for score in itertools.chain(*scores.values()):
+        protocols.setdefault(score.source, {})[score.measured_on] = None
+    items = tuple((text, "; for other models ".join(words)) for text, words in protocols.items())
+    details = [Facts("Protocol", items)] if items else []
     for of_tasks in [model["tasks"] for model in models if model["tasks"] is not None][:1]:
         shown = dict(of_tasks["protocol"])
         shown |= shown.pop("versions")
@@ -334,7 +337,12 @@ def quality_charts(where: str, points: Sequence[Point], dense: float | None) -> 
 
 
 def line_chart(
-    heading: str, x_title: str, y_title: str, points: Sequence[Point], dense: float | None = None
+    heading: str,
+    x_title: str,
+    y_title: str,
+    points: Sequence[Point],
+    dense: float | None = None,
+    x_names: Sequence[str] = (),
 ) -> Lines:
     """A chart of one figure against another, with a line for each series of points.
 
@@ -346,6 +354,7 @@ def line_chart(
         y_title: The figure on the y axis; its errors become error bars.
         points: The results, of which those that lack a figure are left out.
         dense: The figure of the dense model, a horizontal line; None for none.
+        x_names: See `Lines`.
     """
     lines: dict[str, list[tuple[float, float, str, float]]] = {}
     for point in points:
@@ -375,6 +384,7 @@ def line_chart(
         log_x=_ratio(xs) >= _LOG_X_FROM,
         log_y=_ratio(ys) >= _LOG_Y_FROM,
         round_ticks=x_title in FORMS,
+        x_names=tuple(x_names),
     )
 
 

@@ -57,8 +57,9 @@ def to_figure(kind: str, document: Document) -> bytes:
     charts = document.charts()
     if not charts:
         raise ValueError(
-            f"{document.title}: there is nothing to plot. A figure needs a sweep over values of "
-            "sparsity, samples or seqlen, models of several sizes, or a run that measured errors"
+            f"{document.title}: there is nothing to plot. A figure needs a sweep over two or more "
+            "sparsities or patterns, or values of samples or seqlen, models of several sizes, or a "
+            "run that measured errors"
         )
     require_library("matplotlib", "a figure", "plot")
     from matplotlib import rc_context
@@ -123,5 +124,5 @@ def _draw(chart: Lines, panel: Any) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     else:
         measured = sorted({x for line in chart.series for x in line.x})
-        panel.set_xticks(measured, [f"{x:g}" for x in measured])
+        panel.set_xticks(measured, [chart.tick(x) for x in measured])
         panel.xaxis.set_minor_formatter(NullFormatter())

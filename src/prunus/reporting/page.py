@@ -167,7 +167,7 @@ def figure_json(chart: Lines) -> str:
     x_axis: dict[str, Any] = {"title": {"text": escape(chart.x_title)}}
     x_axis["type"] = "log" if chart.log_x else "linear"
     if not chart.round_ticks:
-        x_axis |= {"tickvals": measured, "ticktext": [f"{x:g}" for x in measured]}
+        x_axis |= {"tickvals": measured, "ticktext": [escape(chart.tick(x)) for x in measured]}
     y_axis: dict[str, Any] = {"title": {"text": escape(chart.y_title)}}
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"

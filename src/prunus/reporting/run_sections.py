@@ -95,7 +95,7 @@ def runs_section(records: Mapping[str, LinearsRecord]) -> Section:
         error, mean = mean_error(totals)
         row = {"run": name, "sparsity of its linears": totals["sparsity"]}
         row |= {_OF_ALL: totals.get("sparsity_of_all_linears"), "bits": totals.get("bits")}
-        rows.append(row | {error: mean, "seconds": totals["seconds"]})
+        rows.append(row | {error: mean, "seconds": totals.get("seconds")})
     forms = {"sparsity of its linears": ".2%", _OF_ALL: ".2%", "bits": ".3f", "seconds": ".1f"}
     forms |= dict.fromkeys(_DEFINITIONS, ".3%")
     table = table_of("Runs", rows, forms, best=dict.fromkeys(_DEFINITIONS, "lowest"))
@@ -272,6 +272,7 @@ def _sizes(manifest: LinearsRecord, totals: dict[str, Any]) -> list[tuple[str, s
 
 
 def _by_linear(manifest: LinearsRecord, error: str) -> Table:
+    timed = "seconds" in manifest.all_totals()
     rows = [
         {
             "block": number,
@@ -281,7 +282,7 @@ def _by_linear(manifest: LinearsRecord, error: str) -> Table:
             "sparsity reached": x.sparsity,
             "bits": x.bits,
             error: x.error,
-            "seconds": x.seconds,
+            "seconds": x.seconds if timed else None,
             "notes": "; ".join(f"{key}: {value}" for key, value in x.notes.items()) or None,
         }
         for number, block in enumerate(manifest.blocks)

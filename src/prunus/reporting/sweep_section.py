@@ -6,6 +6,7 @@ sparsity, number of windows and tokens per window that varies among the cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean, stdev
@@ -59,7 +60,7 @@ class _Axis(NamedTuple):
         name: Its name.
         title: Title of the x axis.
         fields: The options that decide it, which the names of rows leave out.
-        value: What a recipe has on it: a number, or a pattern, which has no place on the x axis.
+        value: What a recipe has on it: a number, or a pattern.
         words: A value as the title of a column.
     """
 
@@ -149,8 +150,10 @@ def check_section(results: SweepResults) -> Section:
     Args:
         results: The results of an earlier run of the sweep, with all cells of this one.
     """
+    changed = {name: f"would be measured again: {why}" for name, why in results.changed.items()}
     rows = tuple(
-        (name, label, _WHAT_WOULD_HAPPEN[cell.state]) for name, label, cell in results.every_model()
+        (name, label, changed.get(name, _WHAT_WOULD_HAPPEN[cell.state]))
+        for name, label, cell in results.every_model()
     )
     columns = (Column("cell"), Column("model"), Column("state"))
     lead = "Everything was checked. Nothing was run or written."
@@ -176,9 +179,10 @@ def _headline(results: SweepResults) -> Facts:
 def _circumstances(results: SweepResults, texts: Mapping[str, str]) -> list[Facts]:
     protocol = {"command": f"prunus sweep {results.file} OUT"}
     for text, name in texts.items():
-        score = next((m.scores[text] for m in results.models.values() if text in m.scores), None)
-        if score is not None:
-            protocol[f"scored on {name}"] = f"{score.source}; {score.protocol}"
+        scores = [model.scores[text] for model in results.models.values() if text in model.scores]
+        words = dict.fromkeys(f"{score.source}; {score.measured_on}" for score in scores)
+        if words:
+            protocol[f"scored on {name}"] = "; for other models ".join(words)
     protocol |= _calibrations(results)
     return [
         Facts("Protocol", tuple(protocol.items())),
@@ -256,7 +260,9 @@ class _Comparison:
         for label, top in tops:
             words = [label] * (len(self.models) > 1)
             words += [self.axis.words(top)] * (len({top for _, top in tops}) > 1 or not words)
-            columns.append(Column(", ".join(words), form, best))
+            # Wanda itself has a residual gap of 1.
+            unit = 1.0 if figure == "residual gap" else None
+            columns.append(Column(", ".join(words), form, best, unit))
         rows = [
             (name, *(means.get((name, *top)) for top in tops))
             for name in dict.fromkeys(name for name, *_ in self.cells)
@@ -271,8 +277,15 @@ class _Comparison:
     def charts(self, text: str, where: str) -> list[Lines]:
         """For each model: perplexity against size, and quality against what varies.
 
-        A chart over the axis needs two numbers on it; patterns are in the table alone.
+        A chart over the axis needs two values on it. If one of them is a pattern, all stand side by
+        side by name: numbers first, patterns in the order of the sweep file.
         """
+        tops = dict.fromkeys(top for _, _, top in self.cells)
+        place_of, names, x_title = {x: x for x in tops}, list[str](), self.axis.title
+        if any(isinstance(top, str) for top in tops):
+            in_order = sorted(tops, key=lambda x: math.inf if isinstance(x, str) else x)
+            place_of = {top: place for place, top in enumerate(in_order)}
+            names, x_title = [*map(self.axis.words, in_order)], self.axis.name
         figures = ("perplexity", "KL divergence", *SIZES)
         on_text = partial(SweptModel.figures, text=text)
         means = {figure: self.means(on_text, figure) for figure in figures}
@@ -284,12 +297,12 @@ class _Comparison:
             for name, of, top in self.cells:
                 if of == label:
                     at = {figure: means[figure].get((name, of, top)) for figure in figures}
-                    at |= {} if isinstance(top, str) else {self.axis.title: top}
+                    at |= {x_title: place_of[top]}
                     points.append(Point(name, f"{name}, {self.axis.words(top)}", at))
             charts += quality_charts(place, points, dense.get("perplexity"))
             for figure, level in (("perplexity", dense.get("perplexity")), ("KL divergence", None)):
                 title = f"{figure[:1].upper()}{figure[1:]} on {place} by {self.axis.name}"
-                chart = line_chart(title, self.axis.title, figure, points, level)
+                chart = line_chart(title, x_title, figure, points, level, names)
                 if len({x for line in chart.series for x in line.x}) > 1:
                     charts.append(chart)
         return charts

@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.progress import LineInterval, Progress
 from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
+from prunus.engine.run_record import RunRecord
 from prunus.engine.session import Session
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
 from prunus.evaluation.inspection import stored_size
@@ -35,11 +37,16 @@ from prunus.pruning.prune import Pruning
 from prunus.recovery.recover import recover
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import CellResult, SweepResults, SweptModel
+from prunus.sweeping.results import (
+    CELLS_FOLDER,
+    CellResult,
+    SweepResults,
+    SweptModel,
+    dense_name,
+)
 from prunus.words import reason
 
-#: The folder of the folders of cells, in the folder of a sweep.
-_CELLS_FOLDER = "cells"
+_Record = TypeVar("_Record", bound=RunRecord)
 #: The name of the folder of weights in the folder of a cell.
 _WEIGHTS = "model"
 
@@ -67,8 +74,12 @@ class Runner:
         # A killed run may have left files half-written. The runs of cells clear the folders of
         # weights themselves.
         folders = [path for path in self.output.glob("*") if path.is_dir()]
-        for folder in (self.output, *folders, *self.output.glob(f"{_CELLS_FOLDER}/*")):
+        for folder in (self.output, *folders, *self.output.glob(f"{CELLS_FOLDER}/*")):
             remove_temporaries(folder)
+        for cell in self.results.cells:
+            # Weights from before come with the tokenizer of before.
+            if dense_name(cell.model) in self.results.changed:
+                _discard_weights(cell.folder(self.output))
         self._save()
         for label, model in self.results.models.items():
             title = f"{label}, dense"
@@ -85,9 +96,6 @@ class Runner:
 
     def _title(self, cell: CellResult) -> str:
         return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"
-
-    def _folder(self, cell: CellResult) -> Path:
-        return self.output / _CELLS_FOLDER / cell.name
 
     @contextlib.contextmanager
     def _running(self, record: SweptModel, title: str) -> Iterator[None]:
@@ -118,7 +126,7 @@ class Runner:
                 self._score(recovered, recovery, recovery.model, self._title(recovery))
         for finished in (cell, *recoveries):
             if finished.state == "done" and not self.sweep.keep_checkpoints:
-                _discard_weights(self._folder(finished))
+                _discard_weights(finished.folder(self.output))
 
     # --- the steps of a cell ---
 
@@ -139,11 +147,11 @@ class Runner:
                 interval.restart()
                 self.report(f"{title}: block {step.done} of {step.total}")
 
-        folder = self._folder(cell)
+        folder = cell.folder(self.output)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
         command = Pruning(Path(model.path), weights, cell.recipe, self.options)
-        manifest = run_verb(command, Session(report=report_block))
+        manifest = self._made(cell, lambda: run_verb(command, Session(report=report_block)))
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
             cell.pruning = manifest.summary()
@@ -156,6 +164,20 @@ class Runner:
         self.report(f"{title}: {cell.pruning['sparsity']:.2%} pruned in {seconds}")
         return weights
 
+    def _made(self, cell: CellResult, make: Callable[[], _Record]) -> _Record:
+        """Make the weights of a cell, anew if what an earlier run left was made from other things.
+
+        Args:
+            cell: The cell.
+            make: Makes them, or raises a FileExistsError that says what has changed.
+        """
+        try:
+            return make()
+        except FileExistsError as fault:
+            self.report(f"{self._title(cell)}: made again: {str(fault).partition(';')[0]}")
+            _discard_weights(cell.folder(self.output))
+            return make()
+
     def _recover(self, cell: CellResult, pruned: Path) -> Path:
         """Recover the weights in the folder `pruned`, and return the folder of the result.
 
@@ -166,10 +188,10 @@ class Runner:
         chosen = {"device": self.options.device, "data": self.options.data} | table
         if table.get("teacher") == "dense":
             chosen["teacher"] = Path(self.results.models[cell.model].path)
-        folder = self._folder(cell)
+        folder = cell.folder(self.output)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
-        record = recover(pruned, weights, progress=False, **chosen)
+        record = self._made(cell, lambda: recover(pruned, weights, progress=False, **chosen))
         copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
         cell.recovered = record.totals
         self._save()
@@ -203,6 +225,12 @@ class Runner:
         for text in scoring.texts:
             if text not in record.scores:
                 result = perplexity(weights, text, reference=reference, progress=False, **how)
+                dense = self.results.models[label].scores.get(text, result)
+                if result.windows_sha256 != dense.windows_sha256:
+                    raise ValueError(
+                        f"the text {text} was changed since the dense model was scored on it; the "
+                        "same command scores all models again"
+                    )
                 record.scores[text] = result
                 finished(f"perplexity on {text}", result.perplexity)
                 if result.divergence is not None:

@@ -26,6 +26,8 @@ _MIN_WANDA_LOSS = 0.01
 _CONDITIONS = Recipe.names_of(lambda option: option.is_condition)
 
 
+#: The folder of the folders of cells, in the folder of a sweep.
+CELLS_FOLDER = "cells"
 #: The name of a dense model among the methods.
 DENSE = "dense"
 #: The options that every row of results names; other options are there if they vary.
@@ -112,6 +114,10 @@ class CellResult(SweptModel):
     recovery: str | None = None
     recovers: str | None = None
 
+    def folder(self, output: Path) -> Path:
+        """Its folder in the folder `output` of the sweep."""
+        return output / CELLS_FOLDER / self.name
+
     def options(self) -> dict[str, Any]:
         """The options of the recipe with those of a method of one's own, and the method's name."""
         values = self.recipe.model_dump()
@@ -125,10 +131,13 @@ class DenseResult(SweptModel):
     Attributes:
         path: Its checkpoint folder.
         fingerprint: See `CheckpointSource.fingerprint`; tells checkpoints apart.
+        weights_sha256: SHA-256 over its configuration and all bytes of its weights; "" in results
+            of versions before 0.5.
     """
 
     path: str
     fingerprint: str
+    weights_sha256: str = ""
     # Earlier versions recorded no state of a dense model.
     state: State = "done"
 
@@ -147,6 +156,8 @@ class SweepResults(RecordPart):
         versions: See `memory.versions`.
         models: Label -> dense model.
         cells: All cells, in the order of the sweep file.
+        changed: Name of a cell, or of a dense model -> why its figures of an earlier run do not
+            hold and are measured again. Not in the JSON.
     """
 
     #: The file of the record in the folder of a sweep.
@@ -162,6 +173,7 @@ class SweepResults(RecordPart):
     versions: dict[str, str]
     models: dict[str, DenseResult]
     cells: list[CellResult]
+    changed: dict[str, str] = Field(default={}, exclude=True)
 
     def save(self, folder: Path) -> None:
         """Write `results.json` atomically, with the current residual gaps."""
@@ -187,9 +199,20 @@ class SweepResults(RecordPart):
     def every_model(self) -> Iterator[tuple[str, str, SweptModel]]:
         """Name, label and figures of the dense models, then of the cells."""
         for label, dense in self.models.items():
-            yield f"{label}-dense", label, dense
+            yield dense_name(label), label, dense
         for cell in self.cells:
             yield cell.name, cell.model, cell
+
+    def kept_and_changed(self) -> list[str]:
+        """Lines that name what is kept of an earlier run, and what is measured again and why."""
+        by_reason: dict[str, list[str]] = {}
+        for name, _, model in self.every_model():
+            if name in self.changed or model.state == "done":
+                by_reason.setdefault(self.changed.get(name, ""), []).append(name)
+        return [
+            f"measures again ({why}): {', '.join(names)}" if why else f"keeps {', '.join(names)}"
+            for why, names in by_reason.items()
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per dense model and per cell: what it is, then every figure by its title.
@@ -251,6 +274,11 @@ class SweepResults(RecordPart):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+def dense_name(label: str) -> str:
+    """The name of a dense model next to those of cells."""
+    return f"{label}-dense"
 
 
 def varying_options(options: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,7 +2,8 @@
 
 `results.json` is written after every step, so a sweep that was killed continues at the step where
 it stopped. If a cell fails, its error is recorded and the other cells run. The next run of the
-same command tries it again.
+same command tries it again. `earlier` keeps the figures whose texts, weights and code are what they
+were, and has the others measured again.
 
 The dense model runs once for each text, and what its last block returns is kept, because every cell
 is compared with it.
@@ -18,9 +19,10 @@ from prunus.distributed.group import started_by_torchrun
 from prunus.engine.folder import locked_output
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
+from prunus.evaluation.model_input import unchanged
 from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_runner import prepare_tasks
-from prunus.hardware.machine import describe_hardware, versions
+from prunus.hardware.machine import describe_hardware, installed_version, versions
 from prunus.methods import get_method
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.resolve import resolve_folder
@@ -30,7 +32,9 @@ from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.prune import Pruning
 from prunus.recovery.recovery_options import RecoveryOptions
+from prunus.recovery.recovery_plan import full_fingerprint
 from prunus.sweeping.cells import Runner
+from prunus.sweeping.earlier import enter_earlier, naming
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import DenseResult, SweepResults
 
@@ -72,9 +76,14 @@ def sweep(
         )
     run_options = RunOptions.read(None, options)
     # What the folder holds decides what is done, so from here on no other run may change it.
-    with locked_output(folder, lambda: check_folder(chosen, folder)):
+    with (
+        locked_output(folder, lambda: check_folder(chosen, folder)),
+        unchanged(*map(resolve_folder, chosen.labels().values())),
+    ):
         results = check_sweep(chosen, folder, run_options, file)
         report = progress or (lambda line: None)
+        for line in results.kept_and_changed():
+            report(line)
         return Runner(chosen, results, folder, run_options, report).run()
 
 
@@ -97,12 +106,13 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             cells.
     """
     fresh = check_folder(sweep, output)
-    models = {}
+    models, sources, scorer = {}, {}, dict[str, str]()
     for label, name in sweep.labels().items():
         folder = resolve_folder(name)
         check_apart(output, folder)
         source = CheckpointSource(folder, options.trust_remote_code)
         require_causal(source.config, f"a sweep (of {name})")
+        sources[label] = source
         models[label] = DenseResult(
             path=str(folder), fingerprint=source.fingerprint, state="waiting"
         )
@@ -112,11 +122,15 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         folders = [model.path for model in models.values()]
         how = sweep.scoring.arguments(TaskOptions, options)
         prepare_tasks(folders, sweep.scoring.tasks, **how)
+        scorer = {"lm_eval": installed_version("lm_eval")}
     for name, table in sweep.recovery.items():
         try:
             RecoveryOptions.read(None, {k: x for k, x in table.items() if k != "teacher"})
         except ValueError as fault:
             raise ValueError(f"recovery.{name}: {fault}") from None
+    # All bytes of the weights are read last.
+    for label, source in sources.items():
+        models[label].weights_sha256 = full_fingerprint(source)
     results = SweepResults(
         file=file,
         title=sweep.title or f"Sweep of {', '.join(models)}",
@@ -124,22 +138,20 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         scoring=sweep.scoring.figures_from(),
         recovery=sweep.recovery,
         hardware=describe_hardware(choose_device(options.device)),
-        versions=versions(),
+        versions=versions() | scorer,
         models=models,
         cells=sweep.cells(),
     )
     if not fresh:
-        _merge_earlier(SweepResults.load(output), results, output)
+        enter_earlier(SweepResults.load(output), results, sweep, output, options)
     for cell in results.cells:
         if cell.state != "done":
-            try:
+            with naming(cell):
                 cell.method_name = get_method(cell.recipe.method).name
                 # With dtype "auto" the plan would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
                 if cell.recovers is None:
                     Pruning(models[cell.model].path, None, recipe, options).plan()
-            except (ValueError, FileNotFoundError, NotImplementedError) as fault:
-                raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results
 
 
@@ -166,39 +178,3 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
             "Choose another folder"
         )
     return fresh
-
-
-def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    """Enter the results of an earlier run into `now`, which may add cells and no more.
-
-    Raises:
-        FileExistsError: The two differ in anything else.
-    """
-
-    def check(what: str, before: Any, after: Any) -> None:
-        if before != after:
-            raise FileExistsError(
-                f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is "
-                "left as it is. Only cells can be added to a sweep: choose another folder"
-            )
-
-    if not earlier.models.keys() <= now.models.keys():
-        check("set of models", sorted(earlier.models), sorted(now.models))
-    for label, model in earlier.models.items():
-        check(f"checkpoint {label}", model.fingerprint, now.models[label].fingerprint)
-    for key, value in earlier.scoring.items():
-        check(f"scoring.{key}", value, now.scoring[key])
-    cells, done = ({cell.name: cell for cell in results.cells} for results in (now, earlier))
-    for name, cell in done.items():
-        check("set of cells", f"with {name}", f"with {name}" if name in cells else "without it")
-        recipe = cells[name].recipe.model_dump()
-        for key, value in cell.recipe.model_dump().items():
-            check(f"{key} in cell {name}", value, recipe[key])
-        if (recovery := cell.recovery) is not None:
-            check(f"recovery.{recovery}", earlier.recovery[recovery], now.recovery[recovery])
-    # The fingerprints are equal, but a checkpoint may have moved since: its path is that of now.
-    for label, model in earlier.models.items():
-        now.models[label] = model.model_copy(update={"path": now.models[label].path})
-    now.cells = [done.get(cell.name, cell) for cell in now.cells]
-    now.hardware = earlier.hardware
-    now.versions = earlier.versions
