@@ -25,10 +25,10 @@ from prunus.formats import table as _table  # noqa: F401
 if TYPE_CHECKING:
     from prunus.cli.plan import plan
     from prunus.compression.compress import compress
-    from prunus.evaluation.eval_records import PerplexityResult, TaskResults, compare
+    from prunus.evaluation.eval_records import PerplexityResult, compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexities, perplexity
-    from prunus.evaluation.task_runner import evaluate
+    from prunus.evaluation.task_scores import evaluate
     from prunus.model.loading import LoadedModel, load
     from prunus.pruning.input_statistics import statistics
     from prunus.pruning.manifest import Manifest
@@ -57,7 +57,6 @@ __all__ = [
     "RecoveryRecord",
     "StructureRecipe",
     "StructureRecord",
-    "TaskResults",
     "__version__",
     "compare",
     "compress",
@@ -90,10 +89,9 @@ _HOMES = {
     "RecoveryRecord": "prunus.recovery.recovery_record",
     "StructureRecipe": "prunus.structure.structure_record",
     "StructureRecord": "prunus.structure.structure_record",
-    "TaskResults": "prunus.evaluation.eval_records",
     "compare": "prunus.evaluation.eval_records",
     "compress": "prunus.compression.compress",
-    "evaluate": "prunus.evaluation.task_runner",
+    "evaluate": "prunus.evaluation.task_scores",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.loading",
     "masks": "prunus.pruning.masks",

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from hypothesis import strategies as st
 import prunus
 from changes import edit_tensors
 from command_line import call
-from prunus.evaluation.eval_records import PAPER7, Metric, TaskResults, TaskScore
+from prunus.evaluation.eval_records import PAPER7, task_metrics
 from prunus.evaluation.model_input import ModelInput
 from recovery_cases import training_text
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
-from zeroshot_rows import write_local_datasets
+from zeroshot_rows import LOCAL, write_local_datasets
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies' own
@@ -44,14 +43,14 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @needs_lm_eval
 def test_compressed_models_are_evaluated(models, local_datasets, tmp_path):
     prunus.compress(models["first"], tmp_path / "small", 8, calibration=token_ids())
-    options = {"data": local_datasets, "dtype": "float32"}
+    options = {"data": local_datasets, "include_path": LOCAL, "dtype": "float32"}
     small, dense = (
         prunus.evaluate(model, "rte,arc_easy", **options)
         for model in (tmp_path / "small", models["first"])
     )
     # With 8 bits a likelihood differs little, an answer hardly ever.
-    for key, metric in small.metrics().items():
-        assert metric.value == pytest.approx(dense.metrics()[key].value, abs=0.25)
+    for key, metric in task_metrics(small).items():
+        assert metric.value == pytest.approx(task_metrics(dense)[key].value, abs=0.25)
 
 
 @needs_lm_eval
@@ -60,18 +59,23 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
     first, second = map(str, models.values())
     scores = ("--tasks", "paper7", "--perplexity", text, "--seqlen", 32)
     options = ("--data", local_datasets, "--limit", 4, "--samples", 4, "--json", report)
-    result = call("eval", first, second, *scores, *options)
+    result = call("eval", first, second, *scores, *options, "--include-path", LOCAL)
     written = json.loads(report.read_text())
     assert [entry["model"] for entry in written["models"]] == [first, second]
     for entry in written["models"]:
         assert entry["perplexity"][0]["windows"] == 4
-        assert [task["task"] for task in entry["tasks"]["tasks"]] == list(PAPER7)
+        assert entry["tasks"]["task_hashes"].keys() == set(PAPER7)
         assert f"{entry['perplexity'][0]['perplexity']:.3f}" in result.stdout
-        assert f"{entry['tasks']['paper7_mean_acc']['value']:.2%} ±" in result.stdout
+        assert f"{entry['tasks']['results']['paper7']['acc,none']:.2%} ±" in result.stdout
     changes = {(change["task"], change["metric"]): change for change in written["differences"]}
     assert ("hellaswag", "acc_norm") in changes
-    before, after = (entry["tasks"]["paper7_mean_acc"]["value"] for entry in written["models"])
-    assert changes["mean of paper7", "acc"]["value"] == pytest.approx(after - before)
+    before, after = (entry["tasks"]["results"]["paper7"] for entry in written["models"])
+    mean = changes["paper7", "acc"]
+    assert mean["value"] == pytest.approx(after["acc,none"] - before["acc,none"])
+    assert mean["paired"]
+    # lm-eval's own file is read as well.
+    report.write_text(json.dumps(written["models"][1]["tasks"]))
+    assert f"{after['acc,none']:.2%} ±" in call("report", report).stdout
 
 
 @needs_lm_eval
@@ -79,7 +83,7 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
     ("arguments", "complaint"),
     [
         (["{first}", "--tasks", "rte", "--batch", "few"], "batch must be 'auto' or at least 1"),
-        (["{first}", "--tasks", "rte", "--fewshot", "2"], "lacks zeroshot/rte_train.jsonl"),
+        (["{first}", "--tasks", "rte", "--limit", "0"], "limit must be at least 1"),
     ],
 )
 def test_eval_refuses_before_any_work(arguments, complaint, models, local_datasets, monkeypatch):
@@ -93,23 +97,22 @@ def test_eval_refuses_before_any_work(arguments, complaint, models, local_datase
 # --- differences ---
 
 
-def results(model: str, **tasks: list[float] | tuple[float, float | None]) -> TaskResults:
+def results(**tasks: list[float] | tuple[float, float | None]) -> dict:
     """Made-up results: outcomes of single rows, or a value with its error."""
-    scores = []
+    values, samples = {}, {}
     for task, given_ in tasks.items():
         if isinstance(given_, list):
-            spread = float(np.std(given_, ddof=1) / len(given_) ** 0.5) if len(given_) > 1 else None
-            metric = Metric(float(np.mean(given_)), spread, tuple(given_))
-        else:
-            metric = Metric(*given_)
-        scores.append(TaskScore(task, {"acc": metric}, 0, 4, "1", f"definition of {task}", "", 1.0))
-    return TaskResults(model, tuple(scores), {})
+            samples[task] = [{"filter": "none", "acc": x} for x in given_]
+            given_ = (float(np.mean(given_)), None)
+        values[task] = {"acc,none": given_[0], "acc_stderr,none": given_[1]}
+    hashes = {task: f"definition of {task}" for task in tasks}
+    return {"results": values, "samples": samples, "task_hashes": hashes}
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
 def test_differences_are_taken_row_by_row(pairs):
     a, b = ([float(pair[side]) for pair in pairs] for side in (0, 1))
-    [change] = prunus.compare([results("a", x=a), results("b", x=b)])
+    [change] = prunus.compare({"a": results(x=a), "b": results(x=b)})
     steps = np.subtract(b, a)
     assert change.paired
     assert change.value == pytest.approx(steps.mean(), abs=1e-12)
@@ -122,25 +125,25 @@ def test_pairing_sees_what_independent_errors_hide():
     b = list(a)
     for row in range(0, 12, 2):
         b[row] = 0.0  # six of a hundred rows are lost and none won
-    [change] = prunus.compare([results("a", x=a), results("b", x=b)])
+    [change] = prunus.compare({"a": results(x=a), "b": results(x=b)})
     assert change.significant
     alone = [(float(np.mean(x)), float(np.std(x, ddof=1) / 10)) for x in (a, b)]
-    [unpaired] = prunus.compare([results("a", x=alone[0]), results("b", x=alone[1])])
+    [unpaired] = prunus.compare({"a": results(x=alone[0]), "b": results(x=alone[1])})
     assert not unpaired.paired
     assert not unpaired.significant
     assert unpaired.stderr == pytest.approx((alone[0][1] ** 2 + alone[1][1] ** 2) ** 0.5)
 
 
 def test_models_that_do_not_differ_and_that_cannot_be_compared():
-    same = results("a", x=[1.0, 0.0, 1.0])
-    [change] = prunus.compare([same, replace(same, model="b")])
+    same = results(x=[1.0, 0.0, 1.0])
+    [change] = prunus.compare({"a": same, "b": same})
     assert not change.significant
-    [change] = prunus.compare([results("a", x=(0.1, None)), results("b", x=(0.9, None))])
+    [change] = prunus.compare({"a": results(x=(0.1, None)), "b": results(x=(0.9, None))})
     assert (change.stderr, change.significant) == (None, False)
-    assert prunus.compare([same]) == prunus.compare([]) == []
-    other = replace(same, model="b", scores=(replace(same.scores[0], definition="other"),))
+    assert prunus.compare({"a": same}) == prunus.compare({}) == []
+    other = same | {"task_hashes": {"x": "other"}}
     with pytest.raises(ValueError, match="x was not the same for a and b"):
-        prunus.compare([same, other])
+        prunus.compare({"a": same, "b": other})
 
 
 def test_the_papers_mean_is_compared_by_its_tasks():
@@ -148,15 +151,13 @@ def test_the_papers_mean_is_compared_by_its_tasks():
     rows = [
         {task: rng.integers(0, 2, 30).astype(float).tolist() for task in PAPER7} for _ in range(2)
     ]
-    changes = {
-        change.task: change
-        for change in prunus.compare([results("a", **rows[0]), results("b", **rows[1])])
+    means = [float(np.mean([np.mean(x) for x in one.values()])) for one in rows]
+    found = {
+        name: results(**one, paper7=(mean, 0.1))
+        for name, one, mean in zip("ab", rows, means, strict=True)
     }
-    mean = changes.pop("mean of paper7")
-    assert mean.value == pytest.approx(np.mean([change.value for change in changes.values()]))
+    changes = {change.task: change for change in prunus.compare(found)}
+    mean = changes.pop("paper7")
+    assert mean.value == pytest.approx(means[1] - means[0])
     errors = [change.stderr for change in changes.values()]
     assert mean.stderr == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 7)
-    # The paper's own row for dense LLaMA-7B, and the mean that it prints.
-    table = dict(zip(PAPER7, (0.7505, 0.6643, 0.5692, 0.6993, 0.7534, 0.4189, 0.3440), strict=True))
-    dense = results("llama", **{task: (value, 0.01) for task, value in table.items()})
-    assert round(100 * dense.metrics()["mean of paper7", "acc"].value, 2) == 59.99

@@ -1,7 +1,6 @@
 """What belongs to the whole process comes back, however the threads that replace it overlap."""
 
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -15,7 +14,6 @@ from transformers import modeling_utils
 
 import prunus
 from prunus.engine.linear_run import _one_processor_thread
-from prunus.evaluation.tasks import _quiet_lm_eval
 from prunus.formats.gguf.package import package
 from prunus.hardware.numerics import tf32_products
 from prunus.hardware.process_state import no_stderr, no_warnings
@@ -89,27 +87,22 @@ def processor_threads() -> int:
         return pool.submit(torch.get_num_threads).result()
 
 
-@pytest.mark.parametrize("context", [_quiet_lm_eval, _one_processor_thread])
-def test_one_thread_at_a_time_where_threads_cannot_share(context):
-    def state():
-        logger, variable = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
-        return sys.stdout, sys.stderr, warnings.filters, logger.level, variable, processor_threads()
-
-    before, inside, leaves = state(), threading.Event(), threading.Event()
+def test_one_thread_at_a_time_where_threads_cannot_share():
+    before, inside, leaves = processor_threads(), threading.Event(), threading.Event()
 
     def enter():
-        with context():
+        with _one_processor_thread():
             inside.set()
             assert leaves.wait(60)
 
     with ThreadPoolExecutor() as pool:
-        with context():
+        with _one_processor_thread():
             second = pool.submit(enter)
             # It cannot enter, so the wait is in vain. A thread that could enter would leave last.
             assert not inside.wait(0.2)
         leaves.set()
         second.result()
-    assert state() == before
+    assert processor_threads() == before
 
 
 def test_modules_of_other_threads_do_not_count(monkeypatch):

@@ -25,11 +25,8 @@ from command_line import call
 from prunus.document import Document, Lines, Measured, Table, text_of
 from prunus.evaluation.eval_records import (
     Divergence,
-    Metric,
     ModelSize,
     PerplexityResult,
-    TaskResults,
-    TaskScore,
 )
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
@@ -327,8 +324,7 @@ def test_a_record_without_totals_is_shown_by_what_it_has(totals, run, tmp_path):
     [
         (("models", 0, "perplexity", 0, "perplexity"), "high"),
         (("models", 0, "perplexity", 0, "perplexity"), {"a": 1}),
-        (("models", 0, "tasks", "tasks"), 3),
-        (("models", 0, "tasks", "paper7_mean_acc"), {}),
+        (("models", 0, "tasks", "results"), 3),
         (("models",), []),
         (("differences", 0, "value"), [1]),
     ],
@@ -578,17 +574,6 @@ def test_a_perplexity_shows_the_comparison_where_there_is_one():
     assert "Compared with dense: KL divergence (nats per token)" in compared._repr_html_()
 
 
-def test_scores_of_tasks_come_with_their_errors():
-    score = TaskScore(
-        "boolq", {"acc": Metric(0.5, 0.05), "ppl": Metric(9.0, None)}, 0, 9, "1", "", "", 1.0
-    )
-    results = TaskResults("model", (score,), {"dtype": "float32"})
-    assert cells_of(results)[1:] == [
-        ["boolq", "acc", "0.5000", "0.0500"],
-        ["boolq", "ppl", "9.0000", "–"],
-    ]
-
-
 def test_a_report_shows_its_tables_without_charts(tmp_path):
     sweep_results().save(tmp_path)
     shown = elements_named(prunus.report(tmp_path))
@@ -598,13 +583,11 @@ def test_a_report_shows_its_tables_without_charts(tmp_path):
 def test_names_are_escaped(tmp_path, manifest):
     hostile = sweep_results(name=HOSTILE, text=HOSTILE, error=HOSTILE)
     hostile.save(tmp_path)
-    score = TaskScore(HOSTILE, {HOSTILE: Metric(1.0, None)}, 0, 1, "1", "", "", 1.0)
     shown = (
         hostile,
         prunus.report(tmp_path, title=HOSTILE),
         manifest.model_copy(update={"source": HOSTILE}),
         PerplexityResult(HOSTILE, 1.0, 0.0, 1, 2, 2, HOSTILE, 1.0),
-        TaskResults(HOSTILE, (score,), {HOSTILE: HOSTILE}),
     )
     for result in shown:
         assert not {"script", "img"} & elements_named(result)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from prunus.document import Document, Section, Table
-from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore, compare
+from prunus.evaluation.eval_records import PerplexityResult, compare
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.write import report
@@ -49,11 +49,9 @@ def sweep_results(
             )
         }
 
-    def tasks(value: float) -> dict[str, dict[str, dict[str, float | None]]]:
-        return {
-            "boolq": {"acc": {"value": value, "stderr": 0.0123}},
-            "lambada": {"perplexity": {"value": 9.5, "stderr": None}},
-        }
+    def tasks(value: float) -> dict[str, dict[str, dict[str, float]]]:
+        boolq = {"acc,none": value, "acc_stderr,none": 0.0123}
+        return {"results": {"boolq": boolq, "lambada": {"perplexity,none": 9.5}}}
 
     done = {
         "weights": 1000,
@@ -124,19 +122,20 @@ def evaluation(first: str = "dense", second: str = "pruned") -> dict:
             "wikitext2", value, 3.0, 24, 24576, 1024, "raw lines", 9.5
         ).as_dict()
 
-    def tasks(model: str, outcomes: tuple[float, ...]) -> TaskResults:
-        metrics = {
-            "acc": Metric(sum(outcomes) / 4, 0.25, outcomes),
-            "acc_norm": Metric(0.125, None),
+    def tasks(*outcomes: float) -> dict:
+        values = {"acc,none": sum(outcomes) / 4, "acc_stderr,none": 0.25, "acc_norm,none": 0.125}
+        return {
+            "results": {"boolq": values | {"sample_len": 4}},
+            "n-shot": {"boolq": 0},
+            "config": {"model_dtype": "float32"},
+            "samples": {"boolq": [{"filter": "none", "acc": x} for x in outcomes]},
         }
-        score = TaskScore("boolq", metrics, 0, 4, "1", "sha", "local", 1.0)
-        return TaskResults(model, (score,), {"dtype": "auto", "versions": {"lm_eval": "0.4.13"}})
 
-    results = [tasks(first, (1.0, 1.0, 1.0, 0.0)), tasks(second, (1.0, 0.0, 0.0, 0.0))]
+    results = {first: tasks(1.0, 1.0, 1.0, 0.0), second: tasks(1.0, 0.0, 0.0, 0.0)}
     return {
         "models": [
-            {"model": one.model, "perplexity": [perplexity(value)], "tasks": one.as_dict()}
-            for one, value in zip(results, (19.125, 42.5), strict=True)
+            {"model": model, "perplexity": [perplexity(value)], "tasks": of_tasks}
+            for (model, of_tasks), value in zip(results.items(), (19.125, 42.5), strict=True)
         ],
         "differences": [change.as_dict() for change in compare(results)],
     }

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+#: The definitions of tasks whose rows are in a local folder.
+LOCAL = Path(__file__).resolve().parents[2] / "examples/tasks"
 
 _WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heath")
 

@@ -22,7 +22,7 @@ from prunus.calibration.windows import WindowRequest
 from prunus.document import Measured
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
-from prunus.evaluation.eval_records import Metric, PerplexityResult, TaskResults, TaskScore
+from prunus.evaluation.eval_records import PerplexityResult
 from prunus.evaluation.inspection import stored_size
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
@@ -544,13 +544,13 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, pru
 
 def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, monkeypatch):
     checked = []
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": None}
+    of_lm_eval = {"results": {"boolq": values}, "task_hashes": {"boolq": "sha"}}
 
     def evaluate(model, tasks, *, progress, **options):
-        metrics = {"acc": Metric(0.5, 0.1, (0.0, 1.0)), "acc_norm": Metric(float("nan"), None)}
-        score = TaskScore("boolq", metrics, 0, 2, "1", "sha", "local", 0.1)
         asked = TaskOptions.read(None, options)
         assert (tasks, asked.limit, asked.fewshot) == (("boolq",), 2, None)
-        return TaskResults(str(model), (score,), {})
+        return of_lm_eval | {"samples": {"boolq": []}}
 
     monkeypatch.setattr(
         "prunus.sweeping.sweep.prepare_tasks",
@@ -563,11 +563,8 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
     prunus.sweep(sweep, tmp_path / "out")
     assert checked == [([str(dense)], ("boolq",))]
     results = SweepResults.load(tmp_path / "out")
-    expected = {
-        "boolq": {"acc": {"value": 0.5, "stderr": 0.1}, "acc_norm": {"value": None, "stderr": None}}
-    }
-    assert results.model_dump()["cells"][0]["tasks"] == expected
-    assert results.model_dump()["models"]["dense"]["tasks"] == expected
+    assert results.model_dump()["cells"][0]["tasks"] == of_lm_eval
+    assert results.model_dump()["models"]["dense"]["tasks"] == of_lm_eval
     titles = [column.title for column in results.table().columns]
     assert [row[titles.index("boolq, acc")] for row in results.table().rows] == [
         Measured(0.5, 0.1)

@@ -68,7 +68,7 @@ def evaluate(
     from prunus.evaluation.inspection import stored_size
     from prunus.evaluation.model_input import check_reference, find_model
     from prunus.evaluation.perplexity import check_text, perplexities
-    from prunus.evaluation.task_runner import prepare_tasks
+    from prunus.evaluation.task_scores import prepare_tasks
     from prunus.reporting.evaluation_sections import evaluation_section
 
     for text in texts:
@@ -77,13 +77,13 @@ def evaluate(
         checkpoint = find_model(model, trusted, note)
         if reference is not None:
             check_reference(checkpoint, find_model(reference, trusted, note))
-    task_run = None if tasks is None else prepare_tasks(models, tasks, **of_tasks)
+    on_tasks = [] if tasks is None else prepare_tasks(models, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout):
         if texts:
             of_models = perplexities(models, texts, reference=reference, progress=shows, **of_text)
             scores = dict(zip(models, of_models, strict=True))
-        results = [] if task_run is None else task_run.run(note)
+    results = {model: score(shows) for model, score in zip(models, on_tasks, strict=False)}
     measured = [*models, *filter(None, [reference])]
     sizes = {model: stored_size(model, trusted) for model in measured}
     content = side_by_side(scores, results, sizes, reference)

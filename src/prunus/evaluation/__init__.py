@@ -7,9 +7,7 @@ perplexity       perplexity of a model on a text, and the text in windows
 metrics          how a model differs from a reference: each metric is one entry
 window_scores    the loop over windows: loss, and divergence from a reference
 streamed_model   logits of a model that does not fit in memory, block by block
-task_runner      models on tasks of lm-eval
-tasks            the tasks themselves; the only file that imports lm-eval
-local_tasks      rows of tasks from a local folder
+task_scores      models on tasks of lm-eval; the only file that imports it
 inspection       zeros and patterns of the linears in a checkpoint, and its size
 generation       text that a model writes
 """

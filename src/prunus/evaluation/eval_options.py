@@ -134,6 +134,15 @@ class TaskOptions(_EvaluationOptions):
             default="as the task says, mostly 0",
         ),
     ] = None
+    include_path: Annotated[
+        Path | None,
+        Option(
+            "Take tasks also from the YAML files of this folder, as lm-eval's --include_path does.",
+            metavar="DIR",
+            panel=ADVANCED,
+            default="only lm-eval's own tasks",
+        ),
+    ] = None
 
 
 class WritingOptions(Options):

@@ -47,8 +47,6 @@ Error = Annotated[float | None, PlainSerializer(finite, return_type=float | None
 _STRICT = ConfigDict(extra="forbid")
 #: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-#: The name of the mean over these tasks in tables and comparisons.
-MEAN = "mean of paper7"
 #: What the result over all texts has as its source.
 ALL_TEXTS = "all texts"
 #: Title of a column of a table -> format of its figures.
@@ -243,104 +241,48 @@ class ModelSize(EvaluationRecord):
 
 
 @dataclass(frozen=True)
-class Metric(EvaluationRecord):
+class Metric:
     """The value of one metric on one task."""
 
     #: The value as lm-eval aggregates it. An accuracy is a share in [0, 1].
-    value: Figure
+    value: float
     #: The standard error of the value. None for a single row, or a metric without a formula.
-    stderr: Error
-    #: What each row contributes, in the order of the rows. None if the value is not their mean.
-    outcomes: Annotated[tuple[float, ...] | None, Field(exclude=True)] = None
+    stderr: float | None
+    #: What each row contributes, in the order of the rows. None if the value is not their mean, or
+    #: the rows are unknown.
+    outcomes: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
-class TaskScore(EvaluationRecord):
-    """The score of one model on one task, or on one group of tasks."""
+def task_metrics(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
+    """(task, metric) -> value, from the content of lm-eval's file of results.
 
-    #: Name of the task or group in lm-eval.
-    task: str
-    #: Name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
-    metrics: dict[str, Metric]
-    #: Number of worked examples in each prompt.
-    shots: int
-    #: Number of rows that were scored.
-    rows: int
-    #: lm-eval's version of the task.
-    version: str
-    #: SHA-256 of everything that makes the prompts and the scoring, rows included.
-    definition: str
-    #: Where the rows come from.
-    source: str
-    #: Time of scoring.
-    seconds: float
+    lm-eval's keys are `metric,filter` and `metric_stderr,filter`; "N/A" is an unknown error.
 
-
-@dataclass(frozen=True)
-class TaskResults:
-    """The scores of one model on all tasks."""
-
-    #: Name of the model.
-    model: str
-    #: The scores, in the order of the tasks.
-    scores: tuple[TaskScore, ...]
-    #: How the model was computed: dtype, batch, hardware and versions.
-    protocol: dict[str, Any]
-
-    def metrics(self) -> dict[tuple[str, str], Metric]:
-        """(task, metric) -> value, in the order of the tasks; a mean of paper7 comes last."""
-        metrics = {
-            (score.task, name): metric
-            for score in self.scores
-            for name, metric in score.metrics.items()
-        }
-        mean = paper_mean(self.scores)
-        return metrics if mean is None else metrics | {(MEAN, "acc"): mean}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The results as plain values for JSON."""
-        mean = paper_mean(self.scores)
-        return {
-            "model": self.model,
-            "tasks": [score.as_dict() for score in self.scores],
-            "paper7_mean_acc": None if mean is None else mean.as_dict(),
-            "protocol": self.protocol,
-        }
-
-    def _repr_html_(self) -> str:
-        """The scores as a table in a notebook."""
-        rows = [(*key, metric.value, metric.stderr) for key, metric in self.metrics().items()]
-        texts, numbers = ("task", "metric"), ("value", "standard error")
-        columns = (*map(Column, texts), *(Column(title, ".4f") for title in numbers))
-        note = ", ".join(f"{key} {value}" for key, value in self.protocol.items())
-        return Table(self.model, columns, tuple(rows), note)._repr_html_()
-
-
-def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
-    """The unweighted mean of `acc` over the paper's seven tasks, or None if a task is missing.
-
-    The paper reports acc for all tasks, not acc_norm: its 59.99 for dense LLaMA-7B is the mean of
-    75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40.
+    >>> values = {"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "rte"}
+    >>> task_metrics({"results": {"rte": values}})
+    {('rte', 'acc'): Metric(value=0.5, stderr=None, outcomes=None)}
     """
-    by_name = {score.task: score.metrics.get("acc") for score in scores}
-    metrics = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
-    if len(metrics) < len(PAPER7):
-        return None
-    return Metric(*_mean_of_tasks([(metric.value, metric.stderr) for metric in metrics]))
-
-
-def _mean_of_tasks(figures: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
-    """The mean of n independent tasks (value, standard error), and its error √(Σ s²) / n.
-
-    The error is None if that of a task is unknown.
-
-    >>> _mean_of_tasks([(0.5, 0.03), (0.7, 0.04)]), _mean_of_tasks([(0.5, None)])
-    ((0.6, 0.025), (0.5, None))
-    """
-    count = len(figures)
-    errors = [stderr for _, stderr in figures if stderr is not None]
-    stderr = math.hypot(*errors) / count if len(errors) == count else None
-    return sum(value for value, _ in figures) / count, stderr
+    metrics = {}
+    for task, values in results["results"].items():
+        rows = results.get("samples", {}).get(task, ())
+        for key, value in values.items():
+            name, comma, kind = key.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{name}_stderr,{kind}")
+            outcomes = [row.get(name) for row in rows if row["filter"] == kind]
+            # The value may be another figure than the mean of the rows, such as a perplexity.
+            is_mean = (
+                outcomes
+                and all(isinstance(outcome, int | float) for outcome in outcomes)
+                and math.isclose(statistics.fmean(outcomes), value, abs_tol=1e-9)
+            )
+            metrics[task, name if kind == "none" else f"{name} ({kind})"] = Metric(
+                float(value),
+                float(error) if isinstance(error, int | float) else None,
+                tuple(map(float, outcomes)) if is_mean else None,
+            )
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -376,43 +318,46 @@ class Difference(EvaluationRecord):
         return super().as_dict() | {"beyond_two_standard_errors": self.significant}
 
 
-def compare(results: Sequence[TaskResults]) -> list[Difference]:
-    """Compare every model to the first one, metric by metric.
+def compare(results: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    """Compare every model with the first one, metric by metric.
 
-    >>> def scored(model, *outcomes):
-    ...     metrics = {"acc": Metric(sum(outcomes) / len(outcomes), None, outcomes)}
-    ...     return TaskResults(model, (TaskScore("rte", metrics, 0, 4, "1", "", "", 1.0),), {})
-    >>> [change] = compare([scored("dense", 1, 1, 1, 0), scored("pruned", 1, 0, 1, 0)])
+    >>> def scored(*outcomes):
+    ...     rows = [{"filter": "none", "acc": outcome} for outcome in outcomes]
+    ...     values = {"acc,none": sum(outcomes) / len(outcomes)}
+    ...     return {"results": {"rte": values}, "samples": {"rte": rows}}
+    >>> [change] = compare({"dense": scored(1, 1, 1, 0), "pruned": scored(1, 0, 1, 0)})
     >>> change.value, change.stderr, change.paired
     (-0.25, 0.25, True)
 
+    Args:
+        results: Name of a model -> what `evaluate` returns, or the content of lm-eval's file of
+            results, which lacks the rows.
+
     Returns:
-        The differences, model by model. The mean over the paper's seven tasks comes last.
+        The differences, model by model. The error of the mean over the paper's seven tasks is taken
+        from those of the tasks.
 
     Raises:
         ValueError: A task had other rows, prompts or examples for two models.
     """
     differences = []
-    for other in results[1:]:
-        definitions = {score.task: score.definition for score in results[0].scores}
-        for score in other.scores:
-            if definitions.get(score.task, score.definition) != score.definition:
+    for other in list(results)[1:]:
+        first = next(iter(results))
+        hashes, others = (results[name].get("task_hashes", {}) for name in (first, other))
+        for task in hashes.keys() & others.keys():
+            if hashes[task] != others[task]:
                 raise ValueError(
-                    f"{score.task} was not the same for {results[0].model} and {other.model}: "
-                    "other rows, prompts or examples; evaluate both again with the same options"
+                    f"{task} was not the same for {first} and {other}: other rows, prompts or "
+                    "examples; evaluate both again with the same options"
                 )
-        before, after = results[0].metrics(), other.metrics()
-        changes = {
-            key: _difference(before[key], after[key])
-            for key in before
-            if key in after and key[0] != MEAN
-        }
-        if (MEAN, "acc") in before and (MEAN, "acc") in after:
-            parts = [changes[task, "acc"] for task in PAPER7]
-            mean = _mean_of_tasks([part[:2] for part in parts])
-            changes[MEAN, "acc"] = (*mean, all(paired for _, _, paired in parts))
-        for (task, metric), (value, stderr, paired) in changes.items():
-            differences.append(Difference(other.model, task, metric, value, stderr, paired))
+        before, after = task_metrics(results[first]), task_metrics(results[other])
+        changes = {key: _difference(before[key], after[key]) for key in before if key in after}
+        if ("paper7", "acc") in changes:
+            values, errors, paired = zip(*(changes[task, "acc"] for task in PAPER7), strict=True)
+            error = None if None in errors else math.hypot(*errors) / len(PAPER7)
+            changes["paper7", "acc"] = (statistics.fmean(values), error, all(paired))
+        for (task, metric), change in changes.items():
+            differences.append(Difference(other, task, metric, *change))
     return differences
 
 
@@ -456,7 +401,7 @@ def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool
 
 def side_by_side(
     perplexities: Mapping[str, Sequence[PerplexityResult]],
-    results: Sequence[TaskResults],
+    results: Mapping[str, Mapping[str, Any]],
     sizes: Mapping[str, ModelSize],
     reference: str | None = None,
 ) -> dict[str, Any]:
@@ -464,13 +409,17 @@ def side_by_side(
 
     Args:
         perplexities: Name of every model -> its perplexities, which may be none.
-        results: The results on tasks of the same models; may be empty.
+        results: Name of a model -> its results on tasks; may be empty.
         sizes: Name of a model -> its size, where that is known.
         reference: Name of the model that the others are compared with, or None.
     """
-    on_tasks = {result.model: result.as_dict() for result in results}
     size_of = {model: size.as_dict() for model, size in sizes.items()}
     dense = reference and {"model": reference, "size": size_of.get(reference)}
+    # lm-eval's file of results has no rows.
+    on_tasks = {
+        model: {key: value for key, value in result.items() if key != "samples"}
+        for model, result in results.items()
+    }
     return {
         "reference": dense,
         "models": [

@@ -32,6 +32,7 @@ from prunus.evaluation.eval_records import (
     ModelSize,
     PerplexityResult,
     finite,
+    task_metrics,
 )
 from prunus.rounding.llama_cpp_losses import models_of, place
 from prunus.sweeping.results import DENSE
@@ -60,12 +61,15 @@ def evaluation_section(content: dict[str, Any]) -> Section:
     """The section of an evaluation: the answer in short, quality and size, then tasks.
 
     Args:
-        content: The JSON of `prunus eval --json`, as Python objects.
+        content: The JSON of `prunus eval --json` or of lm-eval, as Python objects.
 
     Raises:
         LookupError, TypeError, ValueError: `content` is something else. `write.py` says so to
             users.
     """
+    if "results" in content:  # lm-eval's own file of results
+        model = {"model": content["model_name"], "perplexity": [], "tasks": content}
+        content = {"models": [model], "differences": []}
     models = content["models"]
     names = short_names([model["model"] for model in models])
     scores = {
@@ -120,8 +124,9 @@ def evaluation_section(content: dict[str, Any]) -> Section:
     items = tuple((text, "; for other models ".join(words)) for text, words in protocols.items())
     details = [Facts("Protocol", items)] if items else []
     for of_tasks in [model["tasks"] for model in models if model["tasks"] is not None][:1]:
-        shown = dict(of_tasks["protocol"])
-        shown |= shown.pop("versions")
+        # lm-eval's version and how it computed; the text on the machine is pages long.
+        shown = {key: of_tasks.get(key) for key in ("lm_eval_version", "transformers_version")}
+        shown |= {key: value for key, value in of_tasks["config"].items() if value is not None}
         details.append(Facts("Protocol of the tasks", items_of(shown)))
     title = "Evaluation of " + ", ".join(names.values())
     return Section(title, "", tuple(parts), tuple(details), plain_rows(data))
@@ -245,26 +250,16 @@ def _tasks(
     return [table_of("Tasks", rows, forms, note)]
 
 
-def _metrics(tasks: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def _metrics(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """(task, metric) -> its figure, and how many shots and rows it is from."""
-    figures: dict[tuple[str, str], dict[str, Any]] = {
-        (task["task"], metric): {
-            "figure": _measured(metric, figure),
-            "shots": task["shots"],
-            "rows": task["rows"],
+    return {
+        (task, name): {
+            "figure": Measured(metric.value, metric.stderr, form_of(name)),
+            "shots": results["n-shot"].get(task),
+            "rows": results["results"][task].get("sample_len"),
         }
-        for task in tasks["tasks"]
-        for metric, figure in task["metrics"].items()
+        for (task, name), metric in task_metrics(results).items()
     }
-    mean = tasks["paper7_mean_acc"]
-    if mean is not None:
-        figures["mean of paper7", "acc"] = {"figure": _measured("acc", mean)}
-    return figures
-
-
-def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
-    value = figure["value"]
-    return None if value is None else Measured(value, figure["stderr"], form_of(metric))
 
 
 def tasks_table(

@@ -21,9 +21,10 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunRecord
 from prunus.engine.session import Session
 from prunus.evaluation.eval_options import TaskOptions, TextOptions
+from prunus.evaluation.eval_records import task_metrics
 from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.perplexity import perplexity
-from prunus.evaluation.task_runner import evaluate
+from prunus.evaluation.task_scores import evaluate
 from prunus.methods import get_method
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
@@ -238,8 +239,8 @@ class Runner:
         if scoring.tasks and not record.tasks:
             how = scoring.arguments(TaskOptions, self.options)
             results = evaluate(weights, scoring.tasks, progress=False, **how)
-            for (task, metric), figure in results.metrics().items():
-                record.tasks.setdefault(task, {})[metric] = figure.as_dict()
+            record.tasks = {key: value for key, value in results.items() if key != "samples"}
+            for (task, metric), figure in task_metrics(results).items():
                 finished(f"{metric} on {task}", figure.value)
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from prunus.document import Measured, Table, plain_rows, short_names, table_of
 from prunus.engine.run_record import RecordPart, read_record
-from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult
+from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult, task_metrics
 from prunus.model.checkpoint.files import write_json
 from prunus.pruning.recipe import Recipe
 from prunus.words import require_library
@@ -42,8 +42,7 @@ class SweptModel(RecordPart):
     Attributes:
         size: Its size as it is stored; None until it is measured.
         scores: Text -> perplexity. Those of cells have a divergence from the dense model.
-        tasks: Task -> metric -> `value` and `stderr`, None where they are unknown. If all seven
-            tasks of the paper are there, their mean is too.
+        tasks: The content of lm-eval's file of results; empty before it.
         pruning: Totals of the run that pruned a cell, and where its calibration windows come from,
             with their hash; None before it, and for dense models.
         recovered: Totals of the run that recovered a cell; None before it, and for other models.
@@ -57,7 +56,7 @@ class SweptModel(RecordPart):
 
     size: ModelSize | None = None
     scores: dict[str, PerplexityResult] = Field(default={})
-    tasks: dict[str, dict[str, dict[str, float | None]]] = Field(default={})
+    tasks: dict[str, Any] = Field(default={})
     pruning: dict[str, Any] | None = None
     recovered: dict[str, Any] | None = None
     residual_gap: dict[str, float | None] = Field(default={})
@@ -84,14 +83,10 @@ class SweptModel(RecordPart):
             "recovery seconds": recovered.get("seconds"),
         }
 
-    def task_figures(self) -> dict[str, Measured | None]:
-        """Task and metric -> figure, or None where it is unknown."""
-        return {
-            f"{task}, {metric}": None if value is None else Measured(value, figure["stderr"])
-            for task, metrics in self.tasks.items()
-            for metric, figure in metrics.items()
-            for value in (figure["value"],)
-        }
+    def task_figures(self) -> dict[str, Measured]:
+        """Task and metric -> figure."""
+        metrics = task_metrics(self.tasks) if self.tasks else {}
+        return {", ".join(key): Measured(each.value, each.stderr) for key, each in metrics.items()}
 
 
 class CellResult(SweptModel):

@@ -21,7 +21,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.model_input import unchanged
 from prunus.evaluation.perplexity import check_text
-from prunus.evaluation.task_runner import prepare_tasks
+from prunus.evaluation.task_scores import prepare_tasks
 from prunus.hardware.machine import describe_hardware, installed_version, versions
 from prunus.methods import get_method
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
