@@ -116,7 +116,7 @@ def find_earlier(
         earlier = None if options.overwrite else kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
-        earlier.check_same_run(recipe)
+        earlier.check_same_run(recipe, where=output)
         if earlier.state == "running" and earlier.format == 1:
             raise FileExistsError(
                 f"{output} holds an unfinished run of an earlier version of prunus, which named "

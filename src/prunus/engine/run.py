@@ -263,11 +263,16 @@ def run_verb(
             stack.enter_context(process_group(options.rank_timeout))
         if result is not None:
             result.check(command.model_name)
-            if plan_only:
-                find()
-            else:
-                # What the folder holds decides what is done: from here on no other run changes it.
-                earlier = stack.enter_context(held(command.KIND, result.folder, find))
+            try:
+                if plan_only:
+                    find()
+                else:
+                    # What the folder holds decides what is done: no other run changes it any more.
+                    earlier = stack.enter_context(held(command.KIND, result.folder, find))
+            except FileExistsError:
+                # What is wrong with the options comes first, and what is in the folder after that.
+                command.plan(session)
+                raise
         record: Any = earlier
         if result is None or earlier is None or not result.is_complete(earlier):
             started = time.perf_counter()

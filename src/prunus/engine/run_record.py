@@ -223,20 +223,23 @@ class RunRecord(RecordPart):
             raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.COMMAND} did not write it")
         return read_record(folder / cls.FILE, cls)
 
-    def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
+    def check_same_run(
+        self, recipe: Options, inputs: RunInputs | None = None, where: Path | None = None
+    ) -> None:
         """Check that this record belongs to the same run, which may then be resumed.
 
         Args:
             recipe: The options of the run now.
             inputs: What else its result depends on; None before that is known.
+            where: The folder or the file of the record, for the message.
 
         Raises:
             FileExistsError: The runs differ; names the first option or input that does.
         """
         if other := self.difference(recipe, inputs):
             raise FileExistsError(
-                f"the output folder holds a run with {other}; it is left as it is. Choose another "
-                "folder, or `overwrite` to replace it"
+                f"{where or 'the output folder'} holds a run with {other}; it is left as it is. "
+                "Choose another name for the result, or `overwrite` to replace it"
             )
 
     def difference(self, recipe: Options, inputs: RunInputs | None = None) -> str:

@@ -105,7 +105,7 @@ def finished_file(path: Path, recipe: Options) -> CompressionRecord | None:
             f"output {path} exists and is not a file that prunus compress made; it is left as it "
             "is. Move it away, or choose another name"
         )
-    earlier.check_same_run(recipe.without_folders())
+    earlier.check_same_run(recipe.without_folders(), where=path)
     return earlier
 
 
