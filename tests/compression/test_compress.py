@@ -138,41 +138,6 @@ def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
     assert "bits per weight" in (tmp_path / "page.html").read_text()
 
 
-# --- records of earlier versions ---
-
-
-def of_version_3(record: dict) -> dict:
-    """A record as version 0.3 wrote it: options of masks, and fields of the packed format."""
-    masks = {"method": "wanda", "sparsity": 0.0, "pattern": "unstructured", "group": None}
-    record["recipe"] |= masks
-    record["packed_outside"] = {}
-    for block in record["blocks"]:
-        for linear in block["linears"].values():
-            linear |= {"log2_step": None, "packed": None}
-    return record
-
-
-def test_a_run_of_version_3_is_read_and_continues_to_the_same_bytes(dense, tmp_path):
-    compress(dense, tmp_path / "whole", format="mlx")
-    interrupt(compress, dense, tmp_path / "out", format="mlx")
-    path = tmp_path / "out" / CompressionRecord.FILE
-    path.write_text(json.dumps(of_version_3(json.loads(path.read_text()))))
-    compress(dense, tmp_path / "out", format="mlx", resume=True)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
-
-
-def test_a_file_of_version_3_is_read_also_where_it_names_bits_of_the_head(compressed):
-    """It was 6 bits where nobody had chosen them, and the name of a file said the format."""
-    record = of_version_3(json.loads((compressed / CompressionRecord.FILE).read_text()))
-    chosen = {"mlp.up_proj": "Q4_K"}
-    for head_bits, expected in ((6, None), (8, 8), ("none", "none")):
-        record |= {"types": chosen, "recipe": record["recipe"] | {"head_bits": head_bits}}
-        found = CompressionRecord.model_validate(record)
-        assert (found.recipe.head_bits, found.recipe.bits) == (expected, 4.0)
-    record["recipe"] |= {"format": "mlx", "head_bits": 6}
-    assert CompressionRecord.model_validate(record).recipe.head_bits == 6
-
-
 # --- families ---
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import prunus
 from changes import edit_json, edit_tensors
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
+from refusals import assert_refused
 from scripts import run_script
 from stopping import assert_all_resumed, assert_resumes, interrupt, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
@@ -100,23 +101,6 @@ def test_an_unfinished_run_is_not_begun_again_where_nothing_may_be_resumed(dense
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), resume=False)
 
 
-def as_of_version_0_3(folder: Path) -> None:
-    """Rename the shards of a result, and change its record, to what earlier versions wrote."""
-    path, index = folder / "prunus.json", folder / INDEX_NAME
-    found = sorted(folder.glob("model-*.safetensors"))
-    names = {each.name: f"block-{number:05d}.safetensors" for number, each in enumerate(found)}
-    names[found[-1].name] = "outer.safetensors"
-    for each in found:
-        each.rename(folder / names[each.name])
-    content = json.loads(path.read_text())
-    content.pop("shard_count", None)
-    content |= {"format": 1, "sha256": {names[x]: y for x, y in content["sha256"].items()}}
-    content["recipe"] |= {"refine": "none", "refine_steps": None}
-    path.write_text(json.dumps(content))
-    known = json.loads(index.read_text())["weight_map"]
-    edit_json(index, weight_map={x: names[y] for x, y in known.items()})
-
-
 def test_a_result_has_the_names_of_shards_that_the_hub_knows(dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     prunus.shrink(dense, tmp_path / "small", blocks=1, repair=False, calibration=token_ids())
@@ -128,29 +112,11 @@ def test_a_result_has_the_names_of_shards_that_the_hub_knows(dense, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
 
 
-def test_a_result_of_an_earlier_version_is_read_and_its_unfinished_run_refused(dense, tmp_path):
-    out = tmp_path / "out"
-    prunus.prune(dense, out, calibration=token_ids())
-    as_of_version_0_3(out)
-    assert prunus.inspect(out, verify=True).verified == 3
-    assert prunus.prune(dense, out, calibration=token_ids()).state == "finished"
-    AutoModelForCausalLM.from_pretrained(out)
-    path = out / "prunus.json"
-    path.write_text(path.read_text().replace('"finished"', '"running"'))
-    before = contents(out)
-    with pytest.raises(FileExistsError, match="unfinished run of an earlier version"):
-        prunus.prune(dense, out, calibration=token_ids())
-    assert contents(out) == before
-    prunus.prune(dense, out, calibration=token_ids(), overwrite=True)
-    assert [*shards(out)] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
-
-
-def test_a_record_with_the_former_dense_weight_auto_is_read(dense, tmp_path):
+def test_the_record_of_a_version_before_0_4_is_refused_in_one_sentence(dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", method="magnitude")
-    path = tmp_path / "out" / "prunus.json"
-    recipe = json.loads(path.read_text())["recipe"]
-    edit_json(path, recipe=recipe | {"dense_weight": "auto"})
-    assert prunus.Manifest.load(tmp_path / "out").recipe.dense_weight == 0.25
+    edit_json(tmp_path / "out" / "prunus.json", versions={"prunus": "0.3.0"})
+    for read in (prunus.Manifest.load, prunus.report):
+        assert_refused(ValueError, "record of prunus 0.3.0, and those", read, tmp_path / "out")
 
 
 # --- a checkpoint that was changed meanwhile ---

@@ -1,6 +1,5 @@
 """A run that makes a model smaller: interruption, recipes, and requests that cannot be met."""
 
-import json
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
 from prunus.model.checkpoint.files import verify_shards
-from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
+from prunus.structure.structure_record import StructureRecipe, StructureRecord
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
 from tiny import ids_file, tiny_checkpoint, token_ids
@@ -49,7 +48,6 @@ def test_a_smaller_model_is_made_smaller_and_pruned_like_any_other(tmp_path):
     loaded(tmp_path / "pruned")
 
 
-GONE = "is not an option here: the width was removed in 0.4.0, and `blocks` with repair loses"
 #: Family, options, and a pattern of the error.
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {}, "nothing is to be removed"),
@@ -63,9 +61,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"experts": 1.5}, r"a share to remove in \(0, 1\), such as 0.25, or a num"),
     ("grouped", {"experts": 5}, "2 groups of one size, of which a token uses 1"),
     ("grouped", {"experts": 5}, "possible numbers to keep are 4, 6"),
-    ("llama", {"blocks": 3, "width": 0.5}, f"width {GONE}"),
-    ("llama", {"heads": 2}, f"heads {GONE}"),
-    ("llama", {"kv_heads": 1}, f"kv_heads {GONE}"),
     ("llama", {"blocks": 3, "batch": 6, "repair": True}, "6 make one batch .* give more, or a sma"),
 ]
 
@@ -82,35 +77,6 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, tmp_path)
             with pytest.raises(ValueError, match=said):
                 shrink(dense, tmp_path / "small", calibration=token_ids(), **options)
             assert not (tmp_path / "small").exists()
-
-
-def test_the_record_of_an_earlier_version_that_removed_width_is_read_and_not_resumed(
-    dense, tmp_path
-):
-    out, options = tmp_path / "out", {"blocks": 1, "calibration": token_ids()}
-    shrink(dense, out, **options)
-    path = out / StructureRecord.FILE
-    former: dict[str, Any] = {"width": None, "heads": None, "kv_heads": None}
-
-    def rewrite(recipe: dict[str, Any]) -> bytes:
-        content = json.loads(path.read_text())
-        content["recipe"] = content["recipe"] | recipe
-        content["blocks"][0]["width"] = {"heads": {"kept": [0], "error": 0.1}}
-        path.write_text(json.dumps(content))
-        return path.read_bytes()
-
-    before = rewrite(former)
-    assert StructureRecord.load(out).narrower == {}
-    shrink(dense, out, **options)
-    assert path.read_bytes() == before, "finished: nothing is done again"
-    before = rewrite(former | {"width": 0.25, "blocks": None})
-    record = StructureRecord.load(out)
-    assert record.narrower == {"width": 0.25}
-    assert what_was_removed(record)[0] == "heads and channels were removed by an earlier version"
-    with pytest.raises(FileExistsError, match="without some heads and channels, which prunus rem"):
-        shrink(dense, out, **options)
-    assert path.read_bytes() == before
-    assert shrink(dense, out, overwrite=True, **options).narrower == {}
 
 
 def test_a_recipe_is_read_from_what_it_writes(tmp_path):

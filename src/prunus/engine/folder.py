@@ -117,11 +117,6 @@ def find_earlier(
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
         earlier.check_same_run(recipe, where=output)
-        if earlier.state == "running" and earlier.format == 1:
-            raise FileExistsError(
-                f"{output} holds an unfinished run of an earlier version of prunus, which named "
-                "its files otherwise: continue it with that version, or `overwrite` starts again"
-            )
     return earlier
 
 

@@ -39,8 +39,6 @@ class LinearRecord(RecordPart):
         notes: Remarks of the method, such as raised damping.
     """
 
-    FORMER = ("log2_step", "packed")
-
     shape: tuple[int, int]
     zeros: int
     sparsity: float

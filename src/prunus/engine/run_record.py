@@ -6,11 +6,12 @@ command adds fields of its own. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.model.checkpoint.card import base_model, inherited_fields, with_fields
 from prunus.model.checkpoint.files import read_json, write_json
@@ -19,8 +20,8 @@ from prunus.words import in_bytes
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
-# Options of earlier versions that recipes no longer have. A record is read without them.
-_FORMER_OPTIONS = ("refine", "refine_steps", "block_rule", "patience")
+# The first version whose records are read.
+_FIRST = (0, 4)
 #: How the windows run through a block; see `prunus.engine.block.walks`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
@@ -71,6 +72,15 @@ def checked_record(content: Any, kind: type[_Record], path: Path) -> _Record:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: its record is no JSON object, but {content!r:.40}")
+    made_by = content.get("versions")
+    version = str(made_by.get("prunus", "")) if isinstance(made_by, dict) else ""
+    if (numbers := re.match(r"(\d+)\.(\d+)", version)) and (
+        (int(numbers[1]), int(numbers[2])) < _FIRST
+    ):
+        raise ValueError(
+            f"{path} is a record of prunus {version}, and those of versions before 0.4 are not "
+            "read: make the result again"
+        )
     try:
         return kind.model_validate(content)
     except ValidationError as fault:
@@ -82,21 +92,9 @@ def checked_record(content: Any, kind: type[_Record], path: Path) -> _Record:
 
 
 class RecordPart(BaseModel):
-    """A part of a record, in which an unknown field is an error.
-
-    Attributes:
-        FORMER: Fields that records of earlier versions have. They are not read.
-    """
+    """A part of a record, in which an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
-    FORMER: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former_fields(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values  # not a record, which pydantic says next
-        return {name: value for name, value in values.items() if name not in cls.FORMER}
 
 
 class RunInputs(RecordPart):
@@ -172,8 +170,7 @@ class RunRecord(RecordPart):
     Attributes:
         FILE: Name of the file.
         COMMAND: The command that writes it, such as "prunus prune".
-        format: Version of the record. Version 1 named the shards otherwise: such a result is read,
-            and such an unfinished run is refused.
+        format: Version of the record.
         state: "running" until every shard and the index exist, then "finished".
         source: The model as the user named it.
         recipe: The options that decide the bytes of the result.
@@ -187,7 +184,7 @@ class RunRecord(RecordPart):
     FILE: ClassVar[str]
     COMMAND: ClassVar[str]
 
-    format: Literal[1, 2] = 2
+    format: Literal[2] = 2
     state: Literal["running", "finished"] = "running"
     source: str
     recipe: Options
@@ -196,15 +193,6 @@ class RunRecord(RecordPart):
     hardware: dict[str, Any] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _without_former_options(cls, recipe: Any) -> Any:
-        if not isinstance(recipe, dict):
-            return recipe
-        if recipe.get("dense_weight") == "auto":
-            recipe = recipe | {"dense_weight": 0.25}  # what it chose, as a rule
-        return {name: value for name, value in recipe.items() if name not in _FORMER_OPTIONS}
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -33,9 +33,6 @@ _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 class TrainingState(RecordPart):
     """How far a training is, over all attempts."""
-
-    # Versions before 0.4.0 had the field `diverged`.
-    model_config = ConfigDict(extra="ignore")
 
     #: Steps of the optimizer so far.
     step: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from prunus.engine.run_record import RecordPart, RunInputs, RunRecord, UsedBos
 from prunus.recovery.recovery_options import RecoveryOptions
@@ -71,9 +71,6 @@ class RecoveryRecord(RunRecord):
         stopped: Which loss was not finite, so that training ended before the budget was spent; else
             None.
     """
-
-    # Versions before 0.4.0 had the field `diverged`.
-    model_config = ConfigDict(extra="ignore")
 
     FILE = "prunus-recovery.json"
     COMMAND = "prunus recover"

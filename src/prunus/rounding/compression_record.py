@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
-from prunus.model.formats import PACKED
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.llama_cpp_losses import models_of, place
 from prunus.words import in_bytes
@@ -54,11 +53,6 @@ class FileSize(RecordPart):
 CHECKED = ("kl", "kl_stderr", "same_top", "windows", "seqlen")
 
 
-def _is_earlier(recipe: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a recipe is of a version before 0.4, in which zeros could be forced."""
-    return isinstance(recipe, dict) and "sparsity" in recipe
-
-
 def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
     """What a template and its checkpoint do not have in common, for people.
 
@@ -91,37 +85,12 @@ class CompressionRecord(LinearsRecord):
 
     FILE: ClassVar[str] = "prunus-compress.json"
     COMMAND: ClassVar[str] = "prunus compress"
-    FORMER = ("packed_outside",)
 
     recipe: CompressionRecipe
     types: dict[str, str] = Field(default_factory=dict)
     unmatched: dict[str, list[str]] = Field(default_factory=dict)
     size: FileSize | None = None
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_packed(cls, values: Any) -> Any:
-        """Refuse the record of a packed folder: it had no types, and its format was the default."""
-        recipe = values.get("recipe") if isinstance(values, dict) else None
-        if _is_earlier(recipe) and "format" not in recipe:
-            blocks, types = values.get("blocks"), values.get("types")
-            if values.get("packed_outside") or (blocks and not types):
-                raise ValueError(PACKED)
-        return values
-
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _of_this_version(cls, recipe: Any) -> Any:
-        """An earlier version's options without those of masks, which were the same for all files.
-
-        It named the bits of the head also where nobody had chosen them.
-        """
-        if not _is_earlier(recipe):
-            return recipe
-        chosen = "format" in recipe or recipe.get("head_bits") != 6
-        known = CompressionRecipe.model_fields.keys() - (set() if chosen else {"head_bits"})
-        return {name: value for name, value in recipe.items() if name in known}
 
     def check_sentences(self) -> list[str]:
         """What the check found, for people; empty without one."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import WindowOptions
-from prunus.engine.run_record import BlockwiseRecord, RecordPart, RunInputs
-from prunus.options import Option, Options, percent
+from prunus.engine.run_record import BlockwiseRecord, RecordPart
+from prunus.options import Option, percent
 from prunus.words import counted
 
 #: A share to remove, a float in (0, 1), or a number to keep, an int of at least 1.
@@ -37,13 +37,6 @@ class StructureRecipe(WindowOptions):
     >>> StructureRecipe(experts=0.25).saliency
     'reap'
     """
-
-    #: Options of versions before 0.4.0.
-    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("width", "heads", "kv_heads"),
-        "the width was removed in 0.4.0, and `blocks` with repair loses as little at the same size "
-        "(measured at 75 and 60 % of the parameters)",
-    )
 
     experts: Annotated[
         Amount | None,
@@ -131,9 +124,6 @@ class SearchStep(RecordPart):
 class BlockChange(RecordPart):
     """What happened to one block of the result."""
 
-    # Versions before 0.4.0 could make a block narrower, and said so in the field `width`.
-    model_config = ConfigDict(extra="ignore")
-
     #: Full name of the block in the result, such as `model.layers.3`.
     name: str
     #: Old position of the block.
@@ -164,30 +154,6 @@ class StructureRecord(BlockwiseRecord):
     left_out: list[str] = Field(default_factory=list)
     #: The finished blocks of the result, in their order.
     blocks: list[BlockChange] = Field(default_factory=list)
-    #: The options of a version before 0.4.0 that removed heads and channels too; empty for others.
-    narrower: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_former_options(cls, content: Any) -> Any:
-        """Move the options of the width from the recipe of an earlier version to `narrower`."""
-        recipe = content.get("recipe") if isinstance(content, dict) else None
-        former = StructureRecipe.ELSEWHERE.keys()
-        if not isinstance(recipe, dict) or not former & recipe.keys():
-            return content
-        narrower = {name: recipe[name] for name in former if recipe.get(name) is not None}
-        rest = {name: value for name, value in recipe.items() if name not in former}
-        return content | {"recipe": rest, "narrower": narrower}
-
-    def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
-        """As `RunRecord.check_same_run`; a run that also removed heads and channels is another."""
-        if self.narrower:
-            raise FileExistsError(
-                "the output folder holds a model without some heads and channels, which prunus "
-                "removes no more; it is left as it is. Choose another folder, or `overwrite` to "
-                "replace it"
-            )
-        super().check_same_run(recipe, inputs)
 
 
 def what_was_removed(record: StructureRecord) -> list[str]:
@@ -197,7 +163,7 @@ def what_was_removed(record: StructureRecord) -> list[str]:
     >>> what_was_removed(StructureRecord.model_construct(search=[step]))
     ['blocks 2 were removed; divergence at the last step 0.2500']
     """
-    lines = ["heads and channels were removed by an earlier version"] if record.narrower else []
+    lines: list[str] = []
     if record.search:
         last = record.search[-1]
         removed = ", ".join(str(step.block) for step in record.search)

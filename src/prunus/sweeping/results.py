@@ -52,8 +52,6 @@ class SweptModel(RecordPart):
         error: Why the work on it failed, in one line; None where it did not.
     """
 
-    FORMER = ("packed",)
-
     size: ModelSize | None = None
     scores: dict[str, PerplexityResult] = Field(default={})
     tasks: dict[str, Any] = Field(default={})
