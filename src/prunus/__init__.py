@@ -4,7 +4,7 @@ prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a file size or to bits per weight
 shrink       make a model smaller: remove blocks or experts, and repair what is left
 recover      train a pruned checkpoint, with its zeros kept
-load         a model and its tokenizer: dense, pruned, compressed, or an adapter
+load         a model and its tokenizer: dense, pruned or compressed
 perplexity   score a model on text
 perplexities score several models on several texts side by side
 evaluate     score a model on tasks

@@ -389,7 +389,7 @@ def test_a_template_that_does_not_fit_is_refused_before_any_work(dense, containe
         (dense, tmp_path / "pipe.gguf", "pipe.gguf is a FIFO; expected a regular file"),
         (dense, tmp_path / "other", "other is a folder, and a template is a GGUF file: give FILE"),
         (tokens, container, "token .* is bc in the model and ab there"),
-        (adapter, container, "adapter without its base model"),
+        (adapter, container, "holds an adapter"),
     ):
         with pytest.raises((ValueError, NotImplementedError, FileNotFoundError), match=message):
             compress(model, tmp_path / "x.gguf", type="Q4_K", template=template)

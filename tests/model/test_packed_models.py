@@ -1,4 +1,4 @@
-"""A packed folder, which versions before 0.4 made, is refused in one sentence, and is left alone."""
+"""A packed folder, which versions before 0.4 made, is refused in one sentence and left alone."""
 
 import re
 from pathlib import Path

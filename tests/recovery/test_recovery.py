@@ -24,6 +24,7 @@ from command_line import call
 from prunus.calibration.training_text import training_text as windows
 from prunus.calibration.windows import WindowRequest
 from prunus.evaluation.inspection import inspect
+from prunus.model.adapter import merge_adapter
 from prunus.model.experts import Experts, find_fused_experts, split_loaded_experts
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
@@ -118,7 +119,9 @@ def test_other_families(family, tmp_path, text):
     for mode in ("masked", "lora"):
         totals = recover(pruned, tmp_path / mode, mode, text).totals
         assert totals["held_out_perplexity_after"] < totals["held_out_perplexity_before"]
-        logits = load_model(tmp_path / mode)(input_ids=torch.arange(3, 11)[None]).logits
+    merge_adapter(tmp_path / "lora", pruned, tmp_path / "merged")
+    for folder in (tmp_path / "masked", tmp_path / "merged"):
+        logits = load_model(folder)(input_ids=torch.arange(3, 11)[None]).logits
         assert bool(logits.isfinite().all())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     fused = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "codegen": ["qkv_proj"]}
@@ -138,15 +141,9 @@ def test_the_adapter_is_an_ordinary_one(pruned, text, tmp_path):
     assert (config["r"], config["lora_alpha"]) == (8, 16)
     base = AutoModelForCausalLM.from_pretrained(pruned)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out")
-    ids = torch.arange(3, 19)[None]
-    with torch.no_grad():
-        theirs = adapted(input_ids=ids).logits
-        ours = load_model(tmp_path / "out")(input_ids=ids).logits
-    torch.testing.assert_close(theirs, ours)
     added = sum(p.numel() for name, p in adapted.named_parameters() if "lora" in name)
     assert totals["added_parameters"] == added
     assert totals["added_share"] == pytest.approx(added / (totals["parameters"]))
-    assert prunus.perplexity(tmp_path / "out", str(text), seqlen=16, samples=2).perplexity > 0
 
 
 # --- the rate ---

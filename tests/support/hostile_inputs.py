@@ -4,23 +4,17 @@ Each kind is a good folder, a function that damages a copy of it, and the work t
 """
 
 import gzip
-import importlib.util
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 import prunus
-from hostile_damage import damage_header, mutate_bytes, mutate_json
+from hostile_damage import mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.evaluation.generation import generate
 from prunus.model import tokenizer
-from prunus.model.adapter import WEIGHTS_NAME, check_adapter
-from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.tokenizer import load_tokenizer
 from prunus.reporting.page import document_json, to_markdown
 from prunus.reporting.write import report
@@ -80,49 +74,6 @@ def _architecture(folder: Path) -> tuple[Any, Any, Any]:
         (model / "config.json").write_text(json.dumps(config))
 
     return folder, damage, lambda case: prunus.inspect(case / "model")
-
-
-def _adapter(folder: Path) -> tuple[Any, Any, Any]:
-    tiny_checkpoint(folder / "base", vocab_size=VOCABULARY)
-    tensors, widths = {}, {"q_proj": 32, "v_proj": 16}
-    for layer in range(2):
-        for name, width in widths.items():
-            path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{path}.lora_A.weight"] = torch.ones(2, 32)
-            tensors[f"{path}.lora_B.weight"] = torch.ones(width, 2)
-    save_file(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "base",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-        "layers_pattern": None,
-        "layers_to_transform": [0, 1],
-    }
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
-    patterns = ["(a+)+$", ".*", "(x|x)*y", "all-linear", "q_proj", "", "."]
-
-    def damage(model: Path, dice: random.Random) -> None:
-        if dice.random() < 0.2:
-            damage_header(model / WEIGHTS_NAME, dice)
-            return
-        changed = json.loads((model / CONFIG_NAME).read_text())
-        if dice.random() < 0.5:
-            changed = mutate_json(changed, dice)
-        else:
-            name = dice.choice(list(changed))
-            text = dice.choice(patterns)
-            changed[name] = dice.choice(
-                [text, [text], {text: dice.choice(HUGE)}, dice.choice(HUGE)]
-            )
-        (model / CONFIG_NAME).write_text(json.dumps(changed))
-
-    return folder, damage, lambda case: check_adapter(case / "model")
 
 
 def _template(folder: Path) -> tuple[Any, Any, Any]:
@@ -231,8 +182,6 @@ def more_kinds(scratch: Path, wanted: set[str]) -> Kinds:
     """The kinds of this file that are wanted; `scratch` is an empty folder."""
     tokenizer._SECONDS = 0.5
     makers = [_architecture, _template, _generation, _report, _text]
-    if importlib.util.find_spec("peft") is not None:  # of the extra adapters
-        makers.append(_adapter)
     root = scratch / "more"
     root.mkdir()
     named = {make.__name__.removeprefix("_"): make for make in makers}

@@ -19,7 +19,7 @@ from prunus.evaluation.eval_records import PerplexityResult, side_by_side
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL…", help="Checkpoints, adapters, GGUF files, or hub ids."),
+        typer.Argument(metavar="MODEL…", help="Checkpoints, GGUF files, or hub ids."),
     ],
     perplexity: Annotated[
         str | None,

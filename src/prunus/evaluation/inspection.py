@@ -25,7 +25,7 @@ from prunus.evaluation.model_input import find_folder
 from prunus.formats.codec import Codec
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.files import verify_shards
-from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.formats import reader_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -308,13 +308,12 @@ def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors, plus those of its base if it is an adapter."""
-    below = file_bytes(base_folder(folder)) if is_adapter(folder) else 0
-    return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of a checkpoint's safetensors."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a checkpoint, an adapter or a file as it is stored. Reads headers only."""
+    """The size of a checkpoint or a file as it is stored. Reads headers only."""
     if (kind := reader_of(model)) is not None:
         path = Path(model)
         nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
@@ -324,9 +323,7 @@ def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize
 
 
 def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
-    """Bits per weight; None for adapters, and for models that prunus cannot take apart."""
-    if is_adapter(folder):
-        return None
+    """Bits per weight; None for models that prunus cannot take apart."""
     try:
         source, skeleton = open_weights(folder, trust_remote_code)
     except (ValueError, FileNotFoundError, NotImplementedError):

@@ -18,8 +18,7 @@ from torch import nn
 from prunus.distributed import fail_together
 from prunus.hardware.machine import describe_hardware, versions
 from prunus.hardware.numerics import check_finite
-from prunus.model.adapter import check_adapter
-from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
@@ -60,7 +59,7 @@ class ComputeOptions:
 
 
 def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of a checkpoint or an adapter; a hub id is downloaded, a GGUF file unpacked.
+    """The folder of a checkpoint; a hub id is downloaded, a GGUF file unpacked.
 
     Args:
         model: A folder, a GGUF file or a hub id.
@@ -70,8 +69,7 @@ def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> 
         FileNotFoundError: It is neither a folder nor a hub id, or the folder holds no model.
     """
     folder = resolve_folder(model, say)
-    if not is_adapter(folder):
-        require_config(folder)
+    require_config(folder)
     return folder
 
 
@@ -81,7 +79,7 @@ class ModelInput:
 
     #: What the caller calls it.
     name: str
-    #: The checkpoint or adapter; None for a loaded model.
+    #: The checkpoint; None for a loaded model.
     folder: Path | None
     #: The loaded model; None for a folder.
     loaded: Any
@@ -93,7 +91,7 @@ class ModelInput:
         """Number of tokens that the model knows; None if its configuration does not say."""
         if self.folder is None:
             return int(self.loaded.get_input_embeddings().num_embeddings)
-        config = _config(self.folder, self.trust_remote_code).get_text_config()
+        config = load_config(self.folder, self.trust_remote_code).get_text_config()
         size = getattr(config, "vocab_size", None)
         return size if isinstance(size, int) else None
 
@@ -137,16 +135,13 @@ def find_model(
     Raises:
         FileNotFoundError, ValueError: There is no such model, or its configuration is damaged.
         NotImplementedError: It is not a causal language model.
-        ModuleNotFoundError: It is an adapter, and peft is not installed.
     """
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         check_finite(dict(model.named_parameters()), f"{name}: ")
         return ModelInput(name, None, model, trust_remote_code)
     folder = find_folder(model, say)
-    if is_adapter(folder):
-        check_adapter(folder, trust_remote_code)
-    require_causal(_config(folder, trust_remote_code), "scoring on text")
+    require_causal(load_config(folder, trust_remote_code), "scoring on text")
     return ModelInput(str(model), folder, None, trust_remote_code)
 
 
@@ -177,19 +172,11 @@ def check_reference(model: ModelInput, reference: ModelInput) -> None:
     check_same_vocabulary(first, second, remedy)
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    """The configuration of a checkpoint, or of the checkpoint that an adapter is for."""
-    while is_adapter(folder):
-        folder = base_folder(folder)
-    return load_config(folder, trust_remote_code)
-
-
 def _states(folder: Path) -> dict[Path, tuple[int, int]]:
-    """The files of one checkpoint that decide its figures, with those of an adapter's base."""
-    below = _states(base_folder(folder)) if is_adapter(folder) else {}
-    names = ("config.json", "adapter_config.json", INDEX_NAME)
+    """The files of one checkpoint that decide its figures."""
+    names = ("config.json", INDEX_NAME)
     paths = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names)]
-    return below | {
+    return {
         path: (state.st_size, state.st_mtime_ns)
         for path in paths
         if path.is_file() and (state := path.stat())

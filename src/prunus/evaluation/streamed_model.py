@@ -28,7 +28,6 @@ from prunus.hardware.machine import (
     memory_budget,
     process_memory,
 )
-from prunus.model.checkpoint.resolve import base_folder, is_adapter
 from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied
@@ -86,10 +85,8 @@ def choose_streamed(
 
 
 def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
-    """Memory in bytes of a whole model: weights, with an adapter's base, and logits of `tokens`."""
+    """Memory in bytes of a whole model: weights, and logits of `tokens`."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if is_adapter(folder):
-        return stored + whole_bytes(base_folder(folder), tokens, options)
     # Quantised weights keep their stored form in memory.
     quantized = whole_only(folder) is not None
     dtype = DTYPES.get(options.dtype)
@@ -115,8 +112,6 @@ def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
 
 def whole_only(folder: Path) -> str | None:
     """Why a model cannot be read block by block, as the start of a clause; None if it can."""
-    if is_adapter(folder):
-        return "is an adapter, which"
     return "is quantised, which" if is_foreign(folder) else None
 
 

@@ -145,7 +145,7 @@ def require_config(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} has no config.json; is it a Hugging Face checkpoint folder?"
             if not (folder / "adapter_config.json").exists()
-            else f"{folder} holds an adapter without its base model: merge the two with peft's "
+            else f"{folder} holds an adapter: merge it into its base model with peft's "
             "`merge_and_unload`, save the result with its tokenizer, and give that"
         )
 

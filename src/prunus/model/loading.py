@@ -14,9 +14,8 @@ import torch
 
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
-from prunus.model.adapter import attach, check_adapter
 from prunus.model.checkpoint.card import keep_records, records_of
-from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.checkpoint.tensor_files import DTYPE_CODES, Checkpoint
 from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import choose_device
@@ -45,13 +44,13 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load any model that prunus reads or writes: dense, pruned, compressed, an adapter.
+    """Load any model that prunus reads or writes: dense, pruned, compressed.
 
-    A compressed model is unpacked. An adapter is loaded with the model that it is for. Where
-    prunus wrote the checkpoint, the model's `save_pretrained` keeps its model card and its record.
+    A compressed model is unpacked. Where prunus wrote the checkpoint, the model's `save_pretrained`
+    keeps its model card and its record.
 
     Args:
-        model: Folder of a checkpoint or an adapter, or a hub id.
+        model: Folder of a checkpoint, or a hub id.
         dtype: Of the weights and the computation, as a torch dtype or its name; "auto" is that of
             the checkpoint.
         device: auto, cpu, cuda or cuda:i; auto takes a CUDA device if there is one.
@@ -64,19 +63,16 @@ def load(
         FileNotFoundError: There is no such folder, and no such model on the hub.
         ValueError: A file is damaged or missing, or there is no such device.
         NotImplementedError: The model is of a kind that prunus does not support.
-        ModuleNotFoundError: The folder holds an adapter, and peft is not installed.
         OSError: A file cannot be read, or the hub cannot be reached.
     """
     target = choose_device(device)
     folder = resolve_folder(model)
-    base = base_folder(folder) if is_adapter(folder) else folder
-    kind = kind_of(load_config(base, trust_remote_code))
+    kind = kind_of(load_config(folder, trust_remote_code))
     read = load_image_processor if kind is IMAGES else load_tokenizer
     # The tokenizer comes first: what is wrong with it shows before the weights are read.
     tokenizer = read(folder, trust_remote_code)
     loaded = load_model(folder, dtype, trust_remote_code, kind=kind)
-    if not is_adapter(folder):
-        keep_records(loaded, records_of(folder))
+    keep_records(loaded, records_of(folder))
     return LoadedModel(loaded.to(target), tokenizer)
 
 
@@ -87,32 +83,25 @@ def load_model(
     attention: str | None = None,
     kind: Kind | None = None,
 ) -> Any:
-    """The model of a folder (a checkpoint or an adapter), in evaluation mode; safetensors only.
-
-    Weights of an adapter are not merged, and compute in float32, as peft loads them.
+    """The model of a checkpoint, in evaluation mode; safetensors only.
 
     Args:
-        folder: A checkpoint or an adapter.
+        folder: A checkpoint.
         dtype: Dtype of weights and computation, or its name; "auto" is that of the checkpoint.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         attention: One of transformers' implementations, which agree up to rounding; None for the
-            default of transformers, which an adapter always gets.
+            default of transformers.
         kind: The kind whose transformers class loads the model; None for what its configuration
-            says. An adapter always is a causal language model.
+            says.
 
     Raises:
         ValueError: The model cannot be loaded, some of its weights are missing, or its
             configuration describes a model far larger than its weights.
         NotImplementedError: It is of a kind that prunus does not support.
-        ModuleNotFoundError: It is an adapter, and peft is not installed.
-        FileNotFoundError: A file or the base of an adapter is missing.
+        FileNotFoundError: A file is missing.
     """
     import transformers
 
-    if is_adapter(folder):
-        check_adapter(folder, trust_remote_code)
-        base = base_folder(folder)
-        return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
     config = load_config(folder, trust_remote_code)
     kind = kind or kind_of(config)
     # A model beyond all limits ends here, before transformers makes it.

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
-from prunus.model.checkpoint.resolve import base_folder, is_adapter, resolve_folder
+from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.config import check_config, check_processor_files
 from prunus.words import reason
 
@@ -38,14 +38,12 @@ _TOO_MUCH = (
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base.
+    """The transformers tokenizer of a checkpoint folder.
 
     Raises:
         ValueError: There is none, a number in its files is beyond all limits, or it cannot be
             loaded; quotes the reason in one line.
     """
-    if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
-        folder = base_folder(folder)
     return _load(
         AutoTokenizer,
         folder,

@@ -26,6 +26,7 @@ from prunus.evaluation.inspection import stored_size
 from prunus.evaluation.perplexity import perplexity
 from prunus.evaluation.task_scores import evaluate
 from prunus.methods import get_method
+from prunus.model.adapter import merge_adapter
 from prunus.model.checkpoint.files import (
     TEMPORARY_SUFFIX,
     copy_file,
@@ -33,6 +34,7 @@ from prunus.model.checkpoint.files import (
     make_folder,
     remove_temporaries,
 )
+from prunus.model.checkpoint.resolve import is_adapter
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
 from prunus.recovery.recover import recover
@@ -197,7 +199,10 @@ class Runner:
         cell.recovered = record.totals
         self._save()
         self.report(f"{self._title(cell)}: recovered in {record.totals['seconds']:.0f} s")
-        return weights
+        if not is_adapter(weights):
+            return weights
+        merge_adapter(weights, pruned, weights / "merged")
+        return weights / "merged"
 
     def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
         """Measure a checkpoint's size, and score it on every text and task that its record lacks.

@@ -25,11 +25,10 @@ CASES = {
     "integers": 30,
     "gguf": 30,
     "architecture": 60,
-    "adapter": 30,
     "template": 25,
     "generation": 10,
     "report": 50,
-    "text": 445,
+    "text": 475,
 }
 
 

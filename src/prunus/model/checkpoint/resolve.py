@@ -12,7 +12,6 @@ from typing import Any
 
 from prunus.model.checkpoint.files import check_folder
 from prunus.model.checkpoint.hub import no_answer
-from prunus.model.config import read_config
 from prunus.model.formats import format_of, reader_of, suffixes
 from prunus.words import did_you_mean
 
@@ -117,31 +116,3 @@ def _similar(path: Path) -> str:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a whole model."""
     return (folder / CONFIG_NAME).is_file()
-
-
-def base_folder(folder: Path) -> Path:
-    """The folder of the model that an adapter changes, downloaded if it is a hub id.
-
-    Raises:
-        ValueError: The configuration names no base, or one that is an adapter itself.
-        FileNotFoundError: The base is not there.
-    """
-    name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?"
-        )
-    try:
-        # A relative path counts from the working directory, as in peft, then from the adapter.
-        base = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
-        base = base or resolve_folder(name)
-    except FileNotFoundError as fault:
-        raise FileNotFoundError(
-            f"the adapter {folder} is for {name!r}, which is not there ({fault}); put it in place, "
-            f"or correct base_model_name_or_path in its {CONFIG_NAME}"
-        ) from fault
-    if is_adapter(base):
-        raise ValueError(
-            f"the adapter {folder} is for {base}, which is an adapter itself; merge that one first"
-        )
-    return base
