@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import re
 import subprocess
 import sys
 import unicodedata
@@ -255,6 +256,16 @@ def test_scripts_import_names_that_exist():
                     assert hasattr(module, alias.name) or util.find_spec(
                         f"{node.module}.{alias.name}"
                     ), f"{path.name}: {node.module}.{alias.name}"
+
+
+def test_a_room_that_lists_its_files_lists_all_of_them():
+    """The public package lists its functions instead."""
+    for path in ROOT.glob("*/**/__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        listed = set(re.findall(r"^ *(\w+)(?:\.\w+|/)? {2,}\S", text, re.MULTILINE))
+        names = {each.name.partition(".")[0] for each in path.parent.iterdir()} - {"assets"}
+        own = {name for name in names if name and not name.startswith("_")}
+        assert not listed or listed == own, path
 
 
 def test_no_module_hides_a_public_name():

@@ -125,6 +125,29 @@ def test_masks_that_do_not_fit_are_refused_before_any_work(wanda, tmp_path):
     assert_refused(FileNotFoundError, "make it first", prunus.statistics, dense, output=nowhere)
 
 
+def test_an_output_replaces_no_file_of_another_kind(wanda, tmp_path, monkeypatch):
+    """Neither the model's own weights, nor its configuration, nor what somebody else wrote."""
+    monkeypatch.chdir(shutil.copytree(wanda, tmp_path / "model"))
+    weights = next(iter(shards(Path()).keys()))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for work in (
+        lambda: prunus.masks(".", weights),
+        lambda: prunus.statistics(".", token_ids(), output=weights),
+        lambda: prunus.report(".", "README.md"),
+    ):
+        before = tree(tmp_path)
+        with pytest.raises(FileExistsError, match="was not written by this command; it is left"):
+            work()
+        assert tree(tmp_path) == before
+    for file in ("config.json", "../x.gguf", "prunus.json"):
+        before = tree(tmp_path)
+        said = call("inspect", ".", "--json", file, status=2).stderr
+        assert "was not written by this command" in said and tree(tmp_path) == before
+    for _ in range(2):
+        call("inspect", ".", "--json", "figures.json")
+        prunus.masks(".", "masks.safetensors")
+
+
 def test_a_damaged_file_of_masks_is_refused(wanda, tmp_path):
     file = tmp_path / "masks.safetensors"
     prunus.masks(wanda, file)

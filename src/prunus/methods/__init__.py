@@ -1,4 +1,4 @@
-"""Pruning methods: pure tensor functions, one file each.
+"""Pruning methods: pure tensor functions, one file each. Rounding has a room of its own.
 
     table.py          methods by their names, also a user's own: what each needs and supports
     own_code.py       what users write themselves and name as FILE.py:NAME
@@ -18,13 +18,7 @@
     sparsegpt_score.py  its score alone
     obs_ablations.py  a mask from magnitude or Wanda, and the update of the OBS sweep
     alps.py           mask and weights together by ADMM
-
-    group_quantizer.py  the values of weights whose columns share scales in groups
-    group_fits.py     scales that fit the weights of a group, and rounding without feedback
-    codebooks.py      several columns share a row of a grid: their fit
-    group_sweep.py    rounding in groups with feedback: the OBS sweep
-    output_gain.py    factors of rows that keep the length of outputs
-    rounding_method.py  rounding as a method, which compress uses
+    given_mask.py     the zeros of masks that the user gives
 
     composition.py    a method, targets of the dense model and a weight update as one method
     dense_targets.py  weights whose outputs approximate those of the dense model
