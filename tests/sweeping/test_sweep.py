@@ -569,8 +569,16 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
     assert [row[titles.index("boolq, acc")] for row in results.table().rows] == [
         Measured(0.5, 0.1)
     ] * 2
-    monkeypatch.setattr(sweep_cells, "evaluate", None)
-    prunus.sweep(sweep, tmp_path / "out")  # nothing is left to do
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_cells, "evaluate", None)
+        prunus.sweep(sweep, tmp_path / "out")  # nothing is left to do
+    of_lm_eval["task_hashes"] = {"boolq": "other"}
+    wider = sweep.model_copy(update={"grid": ({"method": ["magnitude", "wanda"]},)})
+    assert "rows or prompts" in prunus.sweep(wider, tmp_path / "out").cells[1].error
+    monkeypatch.setattr("prunus.sweeping.sweep.installed_version", lambda name: "another")
+    again = prunus.sweep(wider, tmp_path / "out")
+    assert len(again.changed) == 3
+    assert {cell.tasks["task_hashes"]["boolq"] for cell in again.cells} == {"other"}
 
 
 # --- the residual gap ---

@@ -244,6 +244,12 @@ class Runner:
         if scoring.tasks and not record.tasks:
             how = scoring.arguments(TaskOptions, self.options)
             results = evaluate(weights, scoring.tasks, progress=False, **how)
+            rows = (self.results.models[label].tasks or results).get("task_hashes")
+            if results.get("task_hashes") != rows:
+                raise ValueError(
+                    "the rows or prompts of a task have changed since the dense model was scored "
+                    "on them: put them back as they were, or choose another folder"
+                )
             record.tasks = {key: value for key, value in results.items() if key != "samples"}
             for (task, metric), figure in task_metrics(results).items():
                 finished(f"{metric} on {task}", figure.value)
