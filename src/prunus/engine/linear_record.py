@@ -133,8 +133,8 @@ class BlockRecord(RecordPart):
             bits of methods that use one depend on this number.
         linears: By relative name. Errors are those before reconstruction, zeros and sparsity those
             of the result.
-        dense_zeros: By relative name, the zeros of the linears that stayed dense; None in records of
-            earlier versions.
+        dense_zeros: By relative name, the zeros of the linears that stayed dense; None in records
+            of earlier versions.
         reconstruction: None for blocks that were not reconstructed.
     """
 
