@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
@@ -67,6 +68,7 @@ def command(
         quiet_before = _QUIET.set(bool(quiet))
         try:
             with user_errors(_RESUMES if resumes else _REPEATS):
+                _check_json_file(options.values())
                 function(**{name: value for name, value in options.items() if value is not None})
         finally:
             _JSON.reset(json_before)
@@ -96,7 +98,6 @@ def user_errors(afterwards: str) -> Iterator[None]:
     try:
         with _warnings_as_lines():
             _silence_transformers()
-            _check_json_file()
             yield
     except _CORRECTABLE as error:
         log(f"error: {_for_users(error)}")
@@ -157,14 +158,19 @@ def _for_users(error: Exception) -> str:
     return as_flags(str(error) if isinstance(error, TypeError) else reason(error, most=10_000))
 
 
-def _check_json_file() -> None:
-    """Refuse a place for figures that cannot be written to, before the work that gives them."""
+def _check_json_file(given: Iterable[Any] = ()) -> None:
+    """Refuse a place for figures that cannot be written to, before the work that gives them.
+
+    Args:
+        given: The values of the other options, among which are the files that the command uses.
+    """
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-    files.check_file_place(json_file, files.holds_figures)
+    values = itertools.chain(*(x if isinstance(x, list) else [x] for x in given))
+    files.check_file_place(json_file, files.holds_figures, values)
 
 
 def log(message: str) -> None:
@@ -279,6 +285,7 @@ def write_json(content: Any) -> None:
         with _reader(sys.stdout) as stream:
             stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         return
+    _check_json_file()  # again: the command may have written a file of this name
     json_file.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(json_file, content)
 

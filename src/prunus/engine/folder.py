@@ -42,7 +42,7 @@ from prunus.model.checkpoint.output_folder import (
     check_folder_name,
     check_resume,
     copy_companion,
-    is_vacant,
+    holds_result,
 )
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, Checkpoint, Writable, save_safetensors
 from prunus.model.config import dense_config, quantization, read_config
@@ -104,25 +104,18 @@ def find_earlier(
         check_apart(output, source)
     check_folder_name(output)
     earlier = None
-    if not is_vacant(output):
-        if not (output / kind.FILE).exists():
-            replaces = "`overwrite` replaces only what that command made. "
-            raise FileExistsError(
-                f"output {output} exists and holds no result of {kind.COMMAND}; it is left as it "
-                "is. "
-                + (replaces if options.overwrite else "")
-                + "Move it away, or choose another name for the result"
-            )
-        earlier = None if options.overwrite else kind.load(output)
+    if holds_result(output, kind.FILE, kind.COMMAND, options.overwrite) and not options.overwrite:
+        earlier = kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
-        earlier.check_same_run(recipe, where=output)
+        earlier.check_same_run(output, recipe)
     return earlier
 
 
 def resumed_or_new(
     kind: type[_Record],
     earlier: _Record | None,
+    place: Path | None,
     recipe: Options,
     inputs: RunInputs,
     device: torch.device,
@@ -133,6 +126,7 @@ def resumed_or_new(
     Args:
         kind: The class of the record.
         earlier: What `find_earlier` returned.
+        place: The folder of the run; None if it changes a loaded model.
         recipe: The options that decide the bytes of the result.
         inputs: What else decides them.
         device: Where the run computes, for the hardware that a new record names.
@@ -142,7 +136,7 @@ def resumed_or_new(
         FileExistsError: The earlier run had other options or other inputs.
     """
     if earlier is not None:
-        earlier.check_same_run(recipe, inputs)
+        earlier.check_same_run(place, recipe, inputs)
         return earlier
     hardware = describe_hardware(device)
     return kind(recipe=recipe, inputs=inputs, versions=versions(), hardware=hardware, **fields)

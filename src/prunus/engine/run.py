@@ -26,12 +26,12 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import nn
 
-from prunus.distributed import fail_together, on_rank_0, process_group
+from prunus.distributed import fail_together, on_rank_0, process_group, ranks
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_record import RunInputs
+from prunus.engine.run_record import OtherRunError, RunInputs
 from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import keep_freed_memory, peak_memory, return_freed_memory
@@ -210,8 +210,9 @@ class Command(ABC, Generic[_Plan, _Record]):
         fields = {"source": plan.name, **self.fields(plan)}
         with fail_together():
             inputs, windows = self.inputs(plan, session)
+            place = None if result is None else result.folder
             record: _Record = resumed_or_new(
-                self.KIND, earlier, self.recipe, inputs, plan.device, **fields
+                self.KIND, earlier, place, self.recipe, inputs, plan.device, **fields
             )
         check_same_on_all_ranks(record)
         folder = None
@@ -269,9 +270,11 @@ def run_verb(
                 else:
                     # What the folder holds decides what is done: no other run changes it any more.
                     earlier = stack.enter_context(held(command.KIND, result.folder, find))
-            except FileExistsError:
+            except OtherRunError:
                 # What is wrong with the options comes first, and what is in the folder after that.
-                command.plan(session)
+                # The other processes have ended.
+                if ranks().size == 1:
+                    command.plan(session)
                 raise
         record: Any = earlier
         if result is None or earlier is None or not result.is_complete(earlier):

@@ -91,6 +91,10 @@ def checked_record(content: Any, kind: type[_Record], path: Path) -> _Record:
         ) from fault
 
 
+class OtherRunError(FileExistsError):
+    """A folder holds a run with other options or other inputs."""
+
+
 class RecordPart(BaseModel):
     """A part of a record, in which an unknown field is an error."""
 
@@ -212,20 +216,20 @@ class RunRecord(RecordPart):
         return read_record(folder / cls.FILE, cls)
 
     def check_same_run(
-        self, recipe: Options, inputs: RunInputs | None = None, where: Path | None = None
+        self, where: Path | None, recipe: Options, inputs: RunInputs | None = None
     ) -> None:
         """Check that this record belongs to the same run, which may then be resumed.
 
         Args:
+            where: The folder or the file of the record, for the message; None if there is none.
             recipe: The options of the run now.
             inputs: What else its result depends on; None before that is known.
-            where: The folder or the file of the record, for the message.
 
         Raises:
-            FileExistsError: The runs differ; names the first option or input that does.
+            OtherRunError: The runs differ; names the first option or input that does.
         """
         if other := self.difference(recipe, inputs):
-            raise FileExistsError(
+            raise OtherRunError(
                 f"{where or 'the output folder'} holds a run with {other}; it is left as it is. "
                 "Choose another name for the result, or `overwrite` to replace it"
             )

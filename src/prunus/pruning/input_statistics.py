@@ -69,7 +69,7 @@ def statistics(
         return StoredStatistics(Path(model))
     if needs not in ("norms", "gram"):
         raise ValueError(f"statistics are norms or gram, not {needs!r}")
-    target = None if output is None else check_file(output, "statistics")
+    target = None if output is None else check_file(output, "statistics", model, tokens)
     work, given = RunOptions.pick(options)
     data, described = given_windows(tokens)
     chosen = LinearOptions.read(None, given | described).model_dump(exclude_unset=True)

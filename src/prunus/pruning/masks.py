@@ -128,8 +128,14 @@ class Masks(Mapping[str, Tensor]):
                 )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: one uint8 tensor per linear, and the shapes as metadata."""
-        save_safetensors(path, self.packed_OB, {"masks": json.dumps(self.shapes)})
+        """Write a safetensors file: one uint8 tensor per linear, and the shapes as metadata.
+
+        Raises:
+            ValueError, FileNotFoundError, FileExistsError: As `check_file`.
+        """
+        save_safetensors(
+            check_file(path, "masks"), self.packed_OB, {"masks": json.dumps(self.shapes)}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Masks:
@@ -170,7 +176,7 @@ def masks(
         FileNotFoundError, ValueError, NotImplementedError, OSError: The model or the file cannot be
             read, or the output cannot be written.
     """
-    target = None if output is None else check_file(output, "masks")
+    target = None if output is None else check_file(output, "masks", model)
     if isinstance(model, Masks):
         found = model
     elif isinstance(model, Mapping):
@@ -251,12 +257,13 @@ def compare_masks(masks: Masks, others: Masks) -> dict[str, dict[str, float | No
     }
 
 
-def check_file(output: str | Path, what: str) -> Path:
+def check_file(output: str | Path, what: str, *others: Any) -> Path:
     """The path of a file of tensors to write.
 
     Args:
         output: The file.
         what: What it will hold: "masks" or "statistics". Only such a file is replaced.
+        *others: What else the caller reads; see `check_file_place`.
 
     Raises:
         ValueError: It has another suffix, so that nobody would know how to read it.
@@ -274,7 +281,7 @@ def check_file(output: str | Path, what: str) -> Path:
             return what in Checkpoint(path.parent, only=[path.name]).metadata
         return False
 
-    check_file_place(path, is_own)
+    check_file_place(path, is_own, others)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from prunus.document import Document, Section
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import BlockwiseRecord
 from prunus.model.checkpoint.files import (
-    belongs_to_model,
     check_file_place,
+    has_content,
     read_json,
     replacing,
 )
@@ -38,6 +39,8 @@ _WRITERS: dict[str, Callable[[Document], Any]] = {
     ".tex": to_latex,
     **{f".{kind}": partial(to_figure, kind) for kind in ("svg", "png", "pdf")},
 }
+# How a report begins (a table), or what it says somewhere (all others).
+_OWN = re.compile(rb"(cell,)?model,|.*(Made by prunus|Written by `?prunus report)", re.DOTALL)
 
 
 def report(
@@ -75,10 +78,7 @@ def report(
         if file.suffix not in _WRITERS:
             *others, last = _WRITERS
             raise ValueError(f"output {file}: the name must end in {', '.join(others)} or {last}")
-        read = {path.resolve() for path in input_paths}
-        check_file_place(
-            file, lambda path: path.resolve() not in read and not belongs_to_model(path)
-        )
+        check_file_place(file, has_content(_OWN.match), input_paths)
     without = [path for path in input_paths if _is_cell_without_record(path)]
     shown = [path for path in input_paths if path not in without] or input_paths
     # Stable: both keep the order in which they were given.

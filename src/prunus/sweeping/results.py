@@ -15,7 +15,7 @@ from pydantic import Field
 from prunus.document import Measured, Table, plain_rows, short_names, table_of
 from prunus.engine.run_record import RecordPart, read_record
 from prunus.evaluation.eval_records import FORMS, ModelSize, PerplexityResult, task_metrics
-from prunus.model.checkpoint.files import write_json
+from prunus.model.checkpoint.files import SWEEP_FILE, write_json
 from prunus.pruning.recipe import Recipe
 from prunus.words import require_library
 
@@ -154,7 +154,7 @@ class SweepResults(RecordPart):
     """
 
     #: The file of the record in the folder of a sweep.
-    FILE: ClassVar[str] = "results.json"
+    FILE: ClassVar[str] = SWEEP_FILE
 
     format: Literal[4] = 4
     file: str

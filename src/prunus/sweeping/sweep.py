@@ -24,7 +24,7 @@ from prunus.evaluation.perplexity import check_text
 from prunus.evaluation.task_scores import prepare_tasks
 from prunus.hardware.machine import describe_hardware, installed_version, versions
 from prunus.methods import get_method
-from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, holds_result
 from prunus.model.checkpoint.resolve import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
@@ -171,10 +171,4 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
     """
     for name in sweep.labels().values():
         check_apart(output, Path(name))
-    fresh = is_vacant(output)
-    if not fresh and not (output / SweepResults.FILE).exists():
-        raise FileExistsError(
-            f"output {output} exists and is not a sweep's; it is left as it is. "
-            "Choose another folder"
-        )
-    return fresh
+    return not holds_result(output, SweepResults.FILE, "prunus sweep", overwrite=False)

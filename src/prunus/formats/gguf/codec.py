@@ -320,7 +320,8 @@ class GgufPlan(SizePlan):
         if self.given.recipe.rounding == "feedback":
             super().check_lists(paths)
         for path in paths:
-            check_file_place(path, has_content(OWN_LISTS.fullmatch))
+            others = [*dict(self.given.recipe).values(), *(x for x in paths if x is not path)]
+            check_file_place(path, has_content(OWN_LISTS.fullmatch), others)
             make_folder(path.parent)
 
     def write_lists(

@@ -41,8 +41,7 @@ from prunus.model.checkpoint.files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.lock import LOCK_NAME
-from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, check_folder_name, holds_result
 from prunus.model.checkpoint.tensor_files import FileTensor, TensorInfo, Writable, save_safetensors
 from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
@@ -166,6 +165,7 @@ class ImportResult(Result[Any]):
     def earlier(self, model: str | Path, recipe: Options, options: RunOptions) -> None:
         """Check that the folder may be written; see `check_destination`."""
         check_apart(self.folder, Path(model))
+        check_folder_name(self.folder)
         check_destination(self.folder, overwrite=options.overwrite)
 
 
@@ -196,7 +196,7 @@ class Importing(Command[ImportPlan, ImportRecord]):
                 figures |= {"files": [*sizes], "bytes": sum(sizes.values())}
                 record, before = dest / ImportRecord.FILE, _files_of(dest)
                 write_json(record, {"state": "running", "files": sorted({*sizes, *before})})
-                _put_in_place(staging, dest)
+                _put_in_place(staging, dest, before)
                 write_json(record, {"state": "finished", **figures})
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -254,18 +254,8 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
         FileExistsError: It may not; names files that no import wrote.
         ValueError: The record in the folder is damaged.
     """
-    if is_vacant(dest):
-        return
-    known = {*_files_of(dest), ImportRecord.FILE, LOCK_NAME}
-    names = [x.name for x in sorted(dest.iterdir()) if not x.name.endswith(TEMPORARY_SUFFIX)]
-    if foreign := [name for name in names if name not in known]:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise FileExistsError(
-            f"{dest} holds files that no import wrote ({', '.join(foreign[:3])}{more}); it is left "
-            "as it is. Move them away, or choose another folder"
-        )
-    finished = read_json(dest / ImportRecord.FILE).get("state") == "finished"
-    if finished and not overwrite:
+    held = holds_result(dest, ImportRecord.FILE, "prunus import", True, _files_of(dest))
+    if held and not overwrite and read_json(dest / ImportRecord.FILE).get("state") == "finished":
         raise FileExistsError(
             f"{dest} holds a finished import; choose another folder or give `overwrite`"
         )
@@ -450,14 +440,13 @@ def _tidy(folder: Path) -> None:
         file.chmod(mode)  # the safetensors library makes its files readable by their owner alone
 
 
-def _put_in_place(staging: Path, dest: Path) -> None:
-    """Move the files of a folder into `dest`, in the place of what is there."""
+def _put_in_place(staging: Path, dest: Path, before: list[str]) -> None:
+    """Move the files of a folder into `dest`, in the place of those of an earlier import."""
     for path in staging.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     # The configuration makes a folder a model, so it is removed first and appears last.
-    needed = (staging.name, LOCK_NAME, ImportRecord.FILE)
-    old = [path for path in dest.iterdir() if path.name not in needed]
+    old = [path for path in dest.iterdir() if path.name in before]
     for path in sorted(old, key=lambda path: path.name != "config.json"):
         remove(path)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):

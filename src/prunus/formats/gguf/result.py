@@ -50,6 +50,8 @@ from prunus.words import reason
 
 #: Name of the whole file in the folder of the run.
 FILE = "model.gguf"
+# The record lies behind the vocabulary, which takes 10 MB in the largest headers of today.
+_MAX_HEADER = 2**26
 # The ends of the names of what lies beside the file.
 _BESIDE = (".Modelfile", ".README.md")
 # Whether prunus wrote such a file: it says so.
@@ -80,24 +82,41 @@ def read_record(path: Path) -> CompressionRecord | None:
     Raises:
         ValueError: The file or its record is damaged.
     """
-    text = open_gguf(path).get(RECORD_FIELD)
-    if not text or not text.strip():
-        return None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as fault:
-        raise ValueError(f"{path} is damaged: its record is no JSON ({reason(fault)})") from fault
+    content = open_gguf(path).get(RECORD_FIELD, "")
+    if isinstance(content, str):
+        if not content.strip():  # it was too long for its place
+            return None
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as fault:
+            raise ValueError(
+                f"{path} is damaged: its record is no JSON ({reason(fault)})"
+            ) from fault
     return checked_record(content, CompressionRecord, path)
 
 
-def finished_file(path: Path, recipe: Options) -> CompressionRecord | None:
+def _has_record(path: Path) -> bool:
+    """Whether prunus made a file, also a damaged one: its header has a place for the record."""
+    with path.open("rb") as file:
+        return RECORD_FIELD.encode() in file.read(_MAX_HEADER)
+
+
+def finished_file(path: Path, recipe: Options, overwrite: bool) -> CompressionRecord | None:
     """The record of a file that a run of the same recipe made; None if nothing has this name.
+
+    Args:
+        path: The file.
+        recipe: The recipe of the run.
+        overwrite: Whether the file may be one of another recipe, and may be damaged. The answer is
+            None then.
 
     Raises:
         FileExistsError: Something else has this name, or a run of another recipe made the file.
         ValueError: The file is damaged.
     """
-    if not os.path.lexists(path):
+    if overwrite:
+        check_file_place(path, _has_record, dict(recipe).values())
+    if overwrite or not os.path.lexists(path):
         return None
     earlier = read_record(path) if path.is_file() else None
     if earlier is None:
@@ -105,7 +124,7 @@ def finished_file(path: Path, recipe: Options) -> CompressionRecord | None:
             f"output {path} exists and is not a file that prunus compress made; it is left as it "
             "is. Move it away, or choose another name"
         )
-    earlier.check_same_run(recipe.without_folders(), where=path)
+    earlier.check_same_run(path, recipe.without_folders())
     return earlier
 
 
@@ -158,7 +177,7 @@ class GgufResult(Result[CompressionRecord]):
         Raises:
             FileExistsError: Something else has the name of the file.
         """
-        done = None if options.overwrite else finished_file(self.path, recipe)
+        done = finished_file(self.path, recipe, options.overwrite)
         earlier = super().earlier(model, recipe, options)
         # A kill may come between the name of the file and the end of its folder.
         whole = (self.folder / FILE).exists()
@@ -182,8 +201,9 @@ class GgufResult(Result[CompressionRecord]):
         file, recipe = folder.folder / FILE, folder.record.recipe
         if not file.exists():  # The user has moved the file away since.
             self._write_file(folder, plan.storage)
-        replaces = plan.options.overwrite or finished_file(self.path, recipe) is not None
-        move_file(file, self.path, replaces)
+        overwrite = plan.options.overwrite
+        done = finished_file(self.path, recipe, overwrite)
+        move_file(file, self.path, replaces=overwrite or done is not None)
         self._move_beside()
 
     def close(self) -> None:

@@ -31,11 +31,10 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,13 +58,13 @@ _KINDS = {
     stat.S_ISSOCK: "a socket",
     stat.S_ISDIR: "a folder",
 }
-# Files of a model, of its tokenizer, of a result or of a sweep, which no figures replace ...
-_OF_MODELS = re.compile(
-    r"(.*config|.*\.index|tokenizer|vocab|special_tokens_map|added_tokens|chat_template|prunus.*)"
-    r"\.json|README\.md"
+# Keys that all figures of a command have: the record of a run; eval, inspect, sweep, report; plan,
+# generate, import.
+_FIGURES = (
+    *({"recipe", "inputs"}, {"models", "reference"}, {"linears", "left_dense"}),
+    *({"models", "cells"}, {"title", "sections"}, {"written", "needs", "seconds"}),
+    *({"model", "prompt", "text"}, {"architecture", "parameters", "dtype"}),
 )
-# ... and how JSON begins.
-_JSON_BEGINS = re.compile(rb"\s*([\[{]|\Z)")
 #: End of the name of every file that is not finished yet.
 TEMPORARY_SUFFIX = ".partial"
 # Linux allows names of 255 bytes. A temporary name takes over the first 200, and has room for a
@@ -83,6 +82,8 @@ RECORD_FILES = (
     "prunus-structure.json",
     "prunus-import.json",
 )
+#: The record of a sweep.
+SWEEP_FILE = "results.json"
 #: Absolute path of a folder that this process holds -> the open handle of that folder.
 _held: dict[Path, int] = {}
 
@@ -247,20 +248,30 @@ def check_place(path: Path) -> None:
         )
 
 
-def check_file_place(path: Path, is_own: Callable[[Path], object]) -> None:
-    """Check that a file beside a result can be written to `path`: the one answer for all commands.
+def check_file_place(
+    path: Path, is_own: Callable[[Path], object], others: Iterable[Any] = ()
+) -> None:
+    """Check that a command may write a file to `path`: the one answer for all commands.
+
+    A file is replaced only if it is empty, or if the same command has written it.
 
     Args:
         path: The file.
-        is_own: Whether the regular file that has this name may be replaced; see `has_content` and
-            `holds_figures`.
+        is_own: Whether a command of the same name wrote the regular file that has this name; see
+            `has_content` and `holds_figures`.
+        others: What else the command reads and writes. Of these values only paths count.
 
     Raises:
         FileExistsError: Something else has this name.
         ValueError, OSError: No file of this name can be made; see `check_place`.
     """
     check_place(path)
-    if os.path.lexists(path) and not (path.is_file() and is_own(path)):
+    if any(isinstance(x, str | Path) and Path(x).resolve() == path.resolve() for x in others):
+        raise FileExistsError(
+            f"{path} is named twice in this command, which reads or writes it as something else; "
+            "choose another name"
+        )
+    if os.path.lexists(path) and not (path.is_file() and (not path.stat().st_size or is_own(path))):
         raise FileExistsError(
             f"{path} exists and was not written by this command; it is left as it is. Move it "
             "away, or choose another name"
@@ -276,14 +287,20 @@ def has_content(is_own: Callable[[bytes], object]) -> Callable[[Path], bool]:
     return lambda path: path.stat().st_size < 2**30 and bool(is_own(path.read_bytes()))
 
 
-def belongs_to_model(path: Path) -> bool:
-    """Whether a file has a name of those that belong to a model, its tokenizer or a result."""
-    return _OF_MODELS.fullmatch(path.name) is not None
-
-
 def holds_figures(path: Path) -> bool:
-    """Whether a file is JSON that belongs to no model and no result, so that figures replace it."""
-    return not belongs_to_model(path) and has_content(_JSON_BEGINS.match)(path)
+    """Whether a file holds figures that a command wrote as JSON, and is no record of a result."""
+
+    def is_figures(text: bytes) -> bool:
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(text)
+            is_record = path.name in RECORD_FILES or (
+                path.name == SWEEP_FILE and "cells" in content
+            )
+            is_object = isinstance(content, dict) and not is_record
+            return is_object and any(keys <= content.keys() for keys in _FIGURES)
+        return False
+
+    return has_content(is_figures)(path)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from prunus.model.checkpoint.files import (
@@ -29,6 +31,10 @@ _OWN_FILES = {
     INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md", "quantize_config.json",
     "quant_config.json", "quantization_config.json", "hf_quant_config.json", "quant_log.csv",
 }  # fmt: skip
+# Weights of results, and what unfinished runs of prunus keep.
+_WEIGHTS = re.compile(
+    r"(model(-\d+-of-\d+)?|adapter_model|sensitivity|training|best-\d+)\.safetensors"
+)
 # Files that a result does not copy but derives its own from, so they are checked as well.
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
 
@@ -90,6 +96,49 @@ def is_vacant(output: Path) -> bool:
     return not output.exists() or all(
         path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
     )
+
+
+def holds_result(
+    output: Path, record: str, command: str, overwrite: bool, written: Iterable[str] | None = None
+) -> bool:
+    """Whether a folder holds a result of a command, which may write there; False if it is vacant.
+
+    This is the rule of all commands for `overwrite`: it replaces what the same command has written.
+
+    Args:
+        output: The folder.
+        record: File name of the command's record.
+        command: The command, such as "prunus prune".
+        overwrite: Whether the result is to be replaced.
+        written: Names of all files that the record lists, if it lists all. None if the command
+            deletes no other files than weights.
+
+    Raises:
+        FileExistsError: The folder holds something else; names it. Or it is no folder.
+        ValueError, PermissionError: The folder cannot be made.
+    """
+    if is_vacant(output):
+        return False
+    names = sorted(x.name for x in output.iterdir() if not x.name.endswith(TEMPORARY_SUFFIX))
+    if is_own := record in names:
+        known = None if written is None else {record, LOCK_NAME, *written}
+        names = [
+            name
+            for name in names
+            if (name not in known if known else name.endswith(".safetensors"))
+            and not (known is None and _WEIGHTS.fullmatch(name))
+        ]
+        names = names if overwrite else []
+    if names:
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        replaces = "`overwrite` replaces only what that command made. " if overwrite else ""
+        raise FileExistsError(
+            f"output {output} exists and holds "
+            + (f"files that {command} did not write" if is_own else f"no result of {command}")
+            + f" ({listed}); it is left as it is. {replaces}Move it away, or choose another name "
+            "for the result"
+        )
+    return True
 
 
 def check_resume(output: Path, unfinished: bool, resume: bool | None) -> None:
