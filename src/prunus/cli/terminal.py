@@ -162,6 +162,7 @@ def _check_json_file() -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
+    files.check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
     files.check_file_place(json_file, files.holds_figures)
