@@ -170,7 +170,10 @@ OTHERS = [
     ("compress dense out --size 0MB", "larger than zero, such as 8GB or 512MB; got '0MB'"),
     ("prune dense out --memory 8", "a memory size looks like 8GB, .*; did you mean 8GB\\?$"),
     # What `overwrite` replaces.
-    ("prune dense thesis --seqlen 16 --overwrite", "; it is left as it is. --overwrite replaces only what"),
+    (
+        "prune dense thesis --seqlen 16 --overwrite",
+        "; it is left as it is. --overwrite replaces only what",
+    ),
     ("prune dense text.txt --seqlen 16 --overwrite", "exists and is not a folder"),
     ("prune dense dense --overwrite", "overlap: choose a folder of its own"),
     ("prune dense dense/deep/out", "overlap: choose a folder of its own"),
