@@ -159,7 +159,8 @@ def is_foreign(folder: Path) -> bool:
     """Whether the weights of a folder are quantised in a way that only other programs read."""
     if not (described := quantization(read_config(folder / "config.json"))):
         return False
-    from prunus.model.checkpoint.quantized import METHODS, method_of
+    from prunus.model.checkpoint.quantization_config import method_of
+    from prunus.model.checkpoint.quantized import METHODS
 
     return method_of(described) not in METHODS
 
