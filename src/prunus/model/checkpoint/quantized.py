@@ -20,7 +20,6 @@ Shape suffixes: O outputs, I inputs, X and Y rows and columns of the scales, N r
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunus.model.checkpoint.quantization_config import (
+    GPTQ_V2_PACKINGS,
+    OF_BLOCKS,
+    Rules,
+    block_of,
+    check_fields,
+    method_of,
+    rules_of,
+    unpack,
+)
 from prunus.model.checkpoint.tensor_files import VALUES, Checkpoint, TensorInfo
 
 #: The values of FP4 (E2M1) by code.
@@ -51,52 +60,6 @@ _STEP = 2**22  # weights that are multiplied at a time, in float32
 
 #: The bits of the codes that are read, of the methods that have no other kinds.
 _BITS = {"gptq": (2, 4, 8), "awq": (4, 8)}
-#: The packings of AutoRound that are GPTQ with zero points as they are, which is version 2.
-_GPTQ_V2_PACKINGS = ("auto_round", "auto_round:gptqmodel")
-
-# Every field of a quantization_config that is read here, or known to leave the weights as they are.
-# Any other one may change what they mean.
-#: Fields that say what the tensors mean.
-_READ = """
-actorder bits block_structure checkpoint_format config_groups data_type desc_act dynamic
-extra_config fmt format group_size num_bits packing_format quant_method sparsity_config strategy sym
-symmetric targets type version weight_block_size weights zero_point
-"""
-#: Fields that say how a checkpoint was made, what is dense in it, which dtypes its tensors have,
-#: how programs run it, and how they quantise activations.
-_HARMLESS = """
-act_bits act_data_type act_dynamic act_group_aware act_group_size act_sym activation_scale_ub
-activation_scheme amp attention_input_activations autoround_version backend batch_size
-block_name_to_quantize cache_block_outputs compressed-tensors_version damp_auto_increment
-damp_percent dataset dequantize disable_exllama do_fuse enable_minmax_tuning enable_quanted_input
-exllama_config expert_dtype foem fuse_max_seq_len global_compression_ratio gptaq
-gradient_accumulate_steps ignore ignored_layers input_activations iters kv_cache_scheme lm_head
-low_gpu_mem_usage lr max_input_length meta method minmax_lr model_file_base_name model_free
-model_name_or_path model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
-modules_to_convert modules_to_fuse modules_to_not_convert mse nsamples observer observer_kwargs
-output_activations pack_dtype pad_token_id provider quant_block_list quantization_status
-run_compressed scale_dtype scale_fmt seqlen static_attention_dtype static_attention_granularity
-static_groups static_kv_dtype static_kv_granularity supported_types to_quant_block_names tokenizer
-true_sequential use_cuda_fp16 use_exllama zp_dtype
-"""
-_FIELDS = {*_READ.split(), *_HARMLESS.split()}
-#: Fields that say that the weights are those of other inputs, or are stored with gaps.
-_TRANSFORMS = {
-    "rotation", "rotation_config", "sparsity_config", "spinquant_config", "transform_config",
-}  # fmt: skip
-#: Fields that say which weights share a scale.
-_OF_BLOCKS = ("strategy", "group_size", "block_structure", "weight_block_size")
-#: The program that turns a checkpoint of a method into a dense one.
-_TOOLS = {
-    "compressed-tensors": "the package compressed-tensors",
-    "bitsandbytes": "transformers (`model.dequantize()`, then `save_pretrained`)",
-    "higgs": "transformers (`model.dequantize()`, then `save_pretrained`)",
-    "modelopt": "NVIDIA's Model Optimizer",
-    "quark": "AMD's Quark",
-    "torchao": "torchao (`dequantize()` of its tensors)",
-    "quanto": "optimum-quanto (`dequantize()` of its tensors)",
-    "hqq": "the package hqq (`dequantize()` of its layers)",
-}
 
 
 def from_stream(data_NK: Tensor, bits: int) -> Tensor:
@@ -198,10 +161,6 @@ class Weight(NamedTuple):
         return dense
 
 
-#: From the name of a module to what a quantization_config says of it alone.
-_Rules = Callable[[str], list[dict[str, Any]]]
-
-
 class Stored:
     """The parts of one weight in a checkpoint, which are checked when they are asked for.
 
@@ -209,7 +168,7 @@ class Stored:
         checkpoint: The files.
         stem: What the names of all parts begin with.
         described: The entry quantization_config of config.json.
-        rules: What that says of a module alone, by its name; see `_rules`.
+        rules: What that says of a module alone, by its name; see `rules_of`.
 
     Attributes:
         module: The name of the module that has the weight.
@@ -219,7 +178,7 @@ class Stored:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, stem: str, described: Mapping[str, Any], rules: _Rules
+        self, checkpoint: Checkpoint, stem: str, described: Mapping[str, Any], rules: Rules
     ) -> None:
         self.checkpoint, self.stem = checkpoint, stem
         self.module = stem.removesuffix("weight").removesuffix(".")
@@ -302,16 +261,14 @@ class Stored:
         groups = -(-shape[-1] // wide)
         if not self.has(role):
             if has_order and groups > 1:
-                self.refuse(role, f"is missing, and {field} says that groups have their own order")
+                self.refuse(role, f"is missing, and {field} says that the groups have an order")
             return
         self.part(role, (*shape[:-2], shape[-1]), dtypes=_INDICES)
         index_I = self.checkpoint.whole(self.parts[role])
         if int(index_I.min()) < 0 or int(index_I.max()) >= groups:
             self.refuse(role, f"has a group beyond the {groups} that have scales")
         if has_order is False and bool((index_I != torch.arange(shape[-1]) // wide).any()):
-            self.refuse(
-                role, f"gives groups an order of their own, and {field} says they have none"
-            )
+            self.refuse(role, f"gives the groups an order, and {field} says that they have none")
 
     def zeros(
         self,
@@ -332,8 +289,8 @@ class Stored:
         """
         if is_symmetric is False and not self.has(role):
             self.refuse(role, f"is missing, and {field} says that there are zero points")
-        whole = self.checkpoint.whole
-        if is_symmetric and self.has(role) and (zeros(whole(self.stem + role)) != middle).any():
+        name = self.stem + role
+        if is_symmetric and self.has(role) and (zeros(self.checkpoint.whole(name)) != middle).any():
             self.refuse(role, f"holds zero points other than {middle}, and {field} allows none")
 
     def kinds(self, role: str, kind: str, bits: int | None = None) -> list[dict[str, Any]]:
@@ -364,7 +321,7 @@ class Stored:
         """
         forms: dict[tuple[int, ...], tuple[tuple[int, int], Mapping[str, Any]]] = {}
         for kind in kinds:
-            strategy, block = _block(kind, shape)
+            strategy, block = block_of(kind, shape)
             if [type(x) for x in block] != [int, int] or min(block) < 1:
                 self.refuse(role, f"has blocks of {block!r}, which are no two numbers")
             block = min(block[0], shape[-2]), min(block[1], shape[-1])
@@ -373,29 +330,17 @@ class Stored:
             for form in flat if len(shape) == 2 else ():
                 forms.setdefault(form, (block, kind))
         if (found := self.part(role, dtypes=_SCALES).shape) not in forms:
-            expected, (_, kind) = next(iter(forms.items()))
-            fields = " ".join(f"{x} {kind[x]}" for x in _OF_BLOCKS if kind.get(x) is not None)
-            self.refuse(
-                role, f"has shape {found}, and {expected} fits the other parts and {fields}"
-            )
+            form, (_, kind) = next(iter(forms.items()))
+            fields = " ".join(f"{x} {kind[x]}" for x in OF_BLOCKS if kind.get(x) is not None)
+            self.refuse(role, f"has shape {found}, and {form} fits the other parts and {fields}")
         self.scale(role)
         return forms[found]
-
-
-def _block(kind: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, Any]:
-    """The strategy of a description, and the block that shares a scale in a weight."""
-    size = kind.get("group_size")
-    block = kind.get("block_structure") or kind.get("weight_block_size")
-    strategy = "block" if block else "tensor" if size is None else "channel" if size == -1 else ""
-    strategy = str(kind.get("strategy") or strategy or "group")
-    blocks = {"tensor": shape[-2:], "channel": (1, shape[-1]), "block": block}
-    return strategy, blocks.get(strategy, (1, size)) or ()
 
 
 def _gptq(stored: Stored) -> Weight:
     """GPTQ: columns of 32-bit words. Version 1 of the format stores each zero point less 1."""
     form = stored.described.get("checkpoint_format", stored.described.get("format", "gptq"))
-    if stored.described.get("packing_format") in _GPTQ_V2_PACKINGS:
+    if stored.described.get("packing_format") in GPTQ_V2_PACKINGS:
         form = "gptq_v2"
     if form not in ("gptq", "gptq_v2"):
         stored.refuse("qweight", f"is stored in the format {form!r}, and prunus reads gptq")
@@ -591,61 +536,13 @@ METHODS: dict[str, dict[str, Callable[[Stored], Weight]]] = {
 }
 
 
-def method_of(described: Mapping[str, Any]) -> str:
-    """The method of a quantization_config, by the layout that it has on disk.
-
-    >>> method_of({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"})
-    'gptq'
-    """
-    method, packing = str(described.get("quant_method")), str(described.get("packing_format"))
-    of_packing = next((x for x in ("gptq", "awq") if packing.endswith(x)), method)
-    of_packing = "gptq" if packing in _GPTQ_V2_PACKINGS else of_packing
-    return of_packing if method == "auto-round" else method
-
-
 def _unread(where: Path | str, method: str, what: str) -> str:
     """The message that prunus does not read a method, and which program unpacks it."""
     known = (f"{x} in {_BITS[x]} bits" if x in _BITS else x for x in METHODS)
     return (
         f"{where} is quantised, and its quant_method {what} is none that prunus reads "
-        f"({', '.join(known)}): {_unpack(method)}"
+        f"({', '.join(known)}): {unpack(method)}"
     )
-
-
-def _unpack(method: str) -> str:
-    """How to get the dense weights of a method."""
-    tool = _TOOLS.get(method, "the program that made it")
-    return f"unpack it to bfloat16 with {tool}, and give the result"
-
-
-def _check_described(folder: Path, described: Mapping[str, Any]) -> None:
-    """Refuse what no layout reads, and fields that may change what weights mean.
-
-    Raises:
-        ValueError: Names the method or the fields, and the program that unpacks it.
-    """
-    if (method := method_of(described)) not in METHODS:
-        raise ValueError(_unread(folder, method, method))
-    entries = [described]
-    for field in ("config_groups", "dynamic", "extra_config"):
-        entries += [rule for _, rule in _inside(described, field)]
-    entries += [x["weights"] for x in entries if isinstance(x.get("weights"), dict)]
-    # A field that is null, false, 0 or empty changes nothing.
-    unknown = {x for entry in entries for x in entry if entry[x] and x not in _FIELDS}
-    sparse = described.get("sparsity_config")
-    if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
-        unknown.add("sparsity_config")
-    if named := ", ".join(sorted(unknown & _TRANSFORMS)):
-        raise ValueError(
-            f"{folder} is quantised by {method} with transforms or sparse storage, which prunus "
-            f"does not read ({named}): {_unpack(method)}"
-        )
-    if unknown:
-        raise ValueError(
-            f"{folder}: prunus does not know whether {', '.join(sorted(unknown))} in its "
-            f"quantization_config changes what the weights mean: {_unpack(method)}. If it does "
-            "not, remove it from config.json"
-        )
 
 
 class DenseCheckpoint(Checkpoint):
@@ -663,7 +560,9 @@ class DenseCheckpoint(Checkpoint):
     def __init__(
         self, stored: Checkpoint, described: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
-        _check_described(stored.folder, described)
+        if (method := method_of(described)) not in METHODS:
+            raise ValueError(_unread(stored.folder, method, method))
+        check_fields(stored.folder, described)
         vars(self).update(vars(stored))
         self._stored, self._dtype = stored, dtype
         self._weights = {weight.name: weight for weight in _weights(stored, described)}
@@ -711,51 +610,10 @@ class DenseCheckpoint(Checkpoint):
         return self._stored.nbytes(parts)
 
 
-def _rules(checkpoint: Checkpoint, described: Mapping[str, Any]) -> _Rules:
-    """What a quantization_config says of some modules alone, the first rule first.
-
-    They are the groups of compressed-tensors, whose targets are names, patterns and classes, and
-    the rules of GPTQ's `dynamic` and AutoRound's `extra_config`, for names and patterns. A rule
-    for a class is one for all modules that no other rule names, and so are all rules if none has a
-    class: a module may have had another name when it was quantised.
-    """
-    names, patterns = defaultdict[str, list[Any]](list), list[tuple[Callable[[str], Any], Any]]()
-    groups = [
-        x for _, x in _inside(described, "config_groups") if isinstance(x.get("weights"), dict)
-    ]
-    targets = [(str(y), x["weights"]) for x in groups for y in x.get("targets") or ()]
-    extra = _inside(described, "extra_config")
-    for name, rule in (*targets, *extra):
-        names[name].append(rule)
-    modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
-    try:
-        for name, rule in _inside(described, "dynamic"):
-            patterns.append((re.compile(name.removeprefix("+:")).match, rule))
-        patterns += [(re.compile(x[3:]).match, y) for x, y in targets if x.startswith("re:")]
-        patterns += [(re.compile(x).search, y) for x, y in extra if x not in modules]
-    except re.error as fault:
-        raise ValueError(
-            f"{checkpoint.folder}: {fault.pattern!r} in the quantization_config of config.json is "
-            f"no pattern for names: {fault}"
-        ) from fault
-    of_class = [rule for target, rule in targets if target[:1].isupper()]
-    others = of_class or [x["weights"] for x in groups]
-    return lambda module: (
-        names.get(module, []) + [rule for find, rule in patterns if find(module)] or others
-    )
-
-
-def _inside(described: Mapping[str, Any], field: str) -> list[tuple[str, dict[str, Any]]]:
-    """The objects in an object of a quantization_config, which may lack it."""
-    content = described.get(field)
-    items = content.items() if isinstance(content, dict) else ()
-    return [(name, rule) for name, rule in items if isinstance(rule, dict)]
-
-
 def _weights(checkpoint: Checkpoint, described: Mapping[str, Any]) -> Iterator[Weight]:
     """Every weight that is stored in codes."""
     described = {**described, "quant_method": method_of(described)}
-    taken, rules = set[str](), _rules(checkpoint, described)
+    taken, rules = set[str](), rules_of(checkpoint, described)
     for end, layout in METHODS[described["quant_method"]].items():
         # A weight comes before its parts, whose names are longer.
         for name in sorted(checkpoint.tensors):
