@@ -224,16 +224,16 @@ def test_folders_that_do_not_fit_their_description_are_refused(part, compressed,
     tensors = load_file(path)
     if part == "bits":
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"][:, :7].contiguous()
-    elif part == "config":
+    elif part == "mode":
+        tensors[f"{module}.scales"] = tensors[f"{module}.scales"].view(torch.uint8)
+    elif part != "config":
+        tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:5].contiguous()
+    save_file(tensors, path)
+    if part == "config":
         resolve_folder(out)
         described = json.loads((out / "config.json").read_text())["quantization"]
         described[module]["bits"] += 1
         edit_json(out / "config.json", quantization=described)
-    elif part == "mode":
-        tensors[f"{module}.scales"] = tensors[f"{module}.scales"].view(torch.uint8)
-    else:
-        tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:5].contiguous()
-    save_file(tensors, path)
     with pytest.raises(ValueError, match=r"up_proj.weight is not stored as integers"):
         resolve_folder(out)
 

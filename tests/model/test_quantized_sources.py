@@ -223,6 +223,7 @@ def packed(**changes) -> dict:
         ("gptq in 4 bits", {"spinquant_config": {"r1": True}}, r"transforms .*\(spinquant_config"),
         ("gptq in 4 bits", {"dual_scale": 1}, "prunus does not know whether dual_scale in its"),
         ("gptq in 4 bits", {"dynamic": {"a": {"codes": 1}}}, "not know whether codes in its"),
+        ("fp8 of blocks", {"weight_block_size": 32}, "blocks of .*, which are no two numbers"),
         ("fp8 of blocks", {"weight_block_size": [32]}, "blocks of .*, which are no two numbers"),
         ("fp8 of blocks", {"weight_block_size": [16, 16]}, r"fits the other parts"),
         ("integers of 3 bits", tensors_of("pack-quantized", 4), "of 3 bits of type int, which"),

@@ -162,4 +162,5 @@ def block_of(kind: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, Any]
     strategy = "block" if block else "tensor" if size is None else "channel" if size == -1 else ""
     strategy = str(kind.get("strategy") or strategy or "group")
     blocks = {"tensor": shape[-2:], "channel": (1, shape[-1]), "block": block}
-    return strategy, blocks.get(strategy, (1, size)) or ()
+    found = blocks.get(strategy, (1, size))
+    return strategy, found if isinstance(found, list | tuple) else (found,)
