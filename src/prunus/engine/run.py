@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import nn
 
-from prunus.distributed import fail_together, on_rank_0, process_group
+from prunus.distributed import fail_together, on_rank_0, process_group, ranks
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
@@ -271,7 +271,9 @@ def run_verb(
                     earlier = stack.enter_context(held(command.KIND, result.folder, find))
             except FileExistsError:
                 # What is wrong with the options comes first, and what is in the folder after that.
-                command.plan(session)
+                # Other ranks hear of the folder alone, and would not join a plan.
+                if ranks().size == 1:
+                    command.plan(session)
                 raise
         record: Any = earlier
         if result is None or earlier is None or not result.is_complete(earlier):
