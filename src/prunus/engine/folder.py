@@ -11,6 +11,7 @@ for each block and one for all that lies outside them.
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from prunus.model.checkpoint.files import (
     check_shard,
     fsync_folder,
     make_folder,
+    read_json,
     remove,
     remove_temporaries,
     write_json,
@@ -49,6 +51,8 @@ from prunus.model.config import dense_config, quantization, read_config
 from prunus.model.source import tensors_digest
 from prunus.options import Options
 
+# Names of the weights that runs write: shards, an adapter, and a measurement of an unfinished run.
+_OWN_WEIGHTS = re.compile(r"(model-\d{5}-of-\d{5}|adapter_model|sensitivity)\.safetensors")
 _Record = TypeVar("_Record", bound=RunRecord)
 _BlockwiseRecord = TypeVar("_BlockwiseRecord", bound=BlockwiseRecord)
 
@@ -113,11 +117,33 @@ def find_earlier(
                 + (replaces if options.overwrite else "")
                 + "Move it away, or choose another name for the result"
             )
-        earlier = None if options.overwrite else kind.load(output)
+        if options.overwrite:
+            _check_own(output, kind)
+        else:
+            earlier = kind.load(output)
     check_resume(output, earlier is not None and earlier.state == "running", options.resume)
     if earlier is not None:
         earlier.check_same_run(recipe, where=output)
     return earlier
+
+
+def _check_own(output: Path, kind: type[RunRecord]) -> None:
+    """Check that a folder which is overwritten holds no weights of somebody else.
+
+    Raises:
+        FileExistsError: It does; names them. Other files than weights stay where they are.
+    """
+    written: Any = {}
+    # A record that is damaged may be overwritten too.
+    with contextlib.suppress(ValueError, AttributeError):
+        written = read_json(output / kind.FILE).get("sha256", {})
+    names = sorted(path.name for path in output.glob("*.safetensors"))
+    if foreign := [x for x in names if x not in written and not _OWN_WEIGHTS.fullmatch(x)]:
+        raise FileExistsError(
+            f"output {output} holds weights that {kind.COMMAND} did not write "
+            f"({', '.join(foreign[:3])}); it is left as it is. Move them away, or choose another "
+            "name for the result"
+        )
 
 
 def resumed_or_new(
