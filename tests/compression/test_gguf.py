@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.generation import generate
 from prunus.evaluation.inspection import stored_size
 from prunus.formats.gguf import file as gguf_file
+from prunus.formats.gguf import result as gguf_result
 from prunus.formats.gguf import speeds
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf
@@ -874,3 +876,12 @@ def test_nearest_rounding_refuses_options_of_feedback(dense, tmp_path):
         with pytest.raises(ValueError, match=message):
             compress(dense, tmp_path / out, bits=4, rounding="nearest", **options)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("text", ["5", "[]", '"record"', "{", '{"format": 2}', "null"])
+def test_a_record_of_another_form_is_named(text, monkeypatch):
+    monkeypatch.setattr(
+        gguf_result, "open_gguf", lambda path: SimpleNamespace(get=lambda name: text)
+    )
+    with pytest.raises(ValueError, match=r"x\.gguf is damaged"):
+        read_record(Path("x.gguf"))

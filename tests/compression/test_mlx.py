@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunus
+from changes import edit_json
 from prunus.compression.compress import Compression
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_windows import given_windows
@@ -215,7 +216,7 @@ def test_other_verbs_read_the_result(dense, compressed, tmp_path):
     assert stored_size(compressed).file_bytes == files
 
 
-@pytest.mark.parametrize("part", ["scales", "biases", "weight", "bits", "mode"])
+@pytest.mark.parametrize("part", ["scales", "biases", "weight", "bits", "mode", "config"])
 def test_folders_that_do_not_fit_their_description_are_refused(part, compressed, tmp_path):
     out, module = tmp_path / "out", "model.layers.0.mlp.up_proj"
     shutil.copytree(compressed, out)
@@ -225,9 +226,14 @@ def test_folders_that_do_not_fit_their_description_are_refused(part, compressed,
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"][:, :7].contiguous()
     elif part == "mode":
         tensors[f"{module}.scales"] = tensors[f"{module}.scales"].view(torch.uint8)
-    else:
+    elif part != "config":
         tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:5].contiguous()
     save_file(tensors, path)
+    if part == "config":
+        resolve_folder(out)
+        described = json.loads((out / "config.json").read_text())["quantization"]
+        described[module]["bits"] += 1
+        edit_json(out / "config.json", quantization=described)
     with pytest.raises(ValueError, match=r"up_proj.weight is not stored as integers"):
         resolve_folder(out)
 

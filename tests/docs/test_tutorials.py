@@ -116,9 +116,9 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
     if "--memory" in kept:
         # Whatever ran in this process before counts against the budget.
         options["--memory"] = "64GB"
-    if verb == "prune" and "--minutes" in kept:
+    if verb == "recover" and "--minutes" in kept:
         place = kept.index("--minutes")
-        kept[place : place + 2] = ["--tokens", "1024"]
+        del kept[place : place + 2]
     for option, value in options.items():
         if option in kept:
             kept[kept.index(option) + 1] = value

@@ -91,7 +91,7 @@ WRONG = (
 )  # fmt: skip
 _CALLS = """
 import sys
-from prunus.cli import app
+from prunus.cli.program import app
 for line in sys.argv[1:]:
     try:
         app(line.split())

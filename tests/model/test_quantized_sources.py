@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("gguf")
 
 import gguf
+import transformers
 
 import prunus
 from changes import edit_json, edit_tensors
@@ -18,7 +19,7 @@ from prunus.evaluation.inspection import stored_size
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.config import open_checkpoint
 from prunus.model.loading import load_model
-from quantized import FORMATS, FUSED, gpt_oss_experts, quantize, tensors_of
+from quantized import FORMATS, FUSED, gpt_oss_experts, gptq, quantize, tensors_of
 from recovery_cases import recover, training_text
 from refusals import assert_refused
 from stopping import interrupt
@@ -177,6 +178,7 @@ BAD = [
     ("fp8 of blocks", "weight_scale_inv", lambda x: x[:1], r"has shape .* and \(3, 2\) fits the"),
     ("fp8 of rows", "weight_scale", lambda x: x[1:], r"has shape .* and \(64, 1\) fits the other"),
     ("nvfp4", "weight_scale", lambda x: damaged(x, 0), "holds a scale that is 0"),
+    ("nvfp4", "weight_global_scale", None, "weight_global_scale is missing"),
     ("mxfp4", "weight_scale", lambda x: damaged(x, 255), "holds a scale that is 0 or no finite"),
     ("integers of 3 bits", "weight_shape", lambda x: x * 2, r"has shape .* and the weight \(128"),
     ("integers of 3 bits", "weight_zero_point", lambda x: x[1:], "fits the other parts"),
@@ -196,6 +198,10 @@ def test_parts_that_do_not_belong_together(name, part, change, words, source, tm
     assert_refused(ValueError, rf"{KEY}\..*{words}", prune, few, tmp_path / "out")
 
 
+def packed(**changes) -> dict:
+    return tensors_of("pack-quantized", 4, **{"group_size": 32, **changes})
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
@@ -205,9 +211,28 @@ def test_parts_that_do_not_belong_together(name, part, change, words, source, tm
         ("gptq in 4 bits", {"checkpoint_format": "marlin"}, "in the format 'marlin', and prunus"),
         ("gptq in 4 bits", {"quant_method": "fp8"}, "by fp8, and no tensor is stored so"),
         ("awq in 4 bits", {"version": "gemv"}, "in the version 'gemv', and prunus reads gemm"),
+        ("gptq without g_idx", {"group_size": 16}, "has 3 groups, and group_size 16 makes 4"),
+        ("gptq without g_idx", {"desc_act": True}, "g_idx is missing, and desc_act"),
+        ("gptq_v2 in 4 bits", {"desc_act": False}, "g_idx gives the groups an order, and desc_act"),
+        ("gptq in 4 bits", {"sym": True}, "qzeros holds zero points other than 8, and sym allows"),
+        ("awq in 4 bits", {"zero_point": False}, "zeros holds zero points other than 8, and zero_"),
+        ("awq in 4 bits", {"extra_config": {KEY: {"bits": 3}}}, rf"{KEY} is .* awq in 3 bits"),
+        ("awq in 4 bits", {"extra_config": {"(": {"bits": 8}}}, r"'\(' in the .* is no pattern"),
+        ("awq in 4 bits", {"data_type": "fp8_to_int_sym"}, "awq in 4 bits of fp8_to_int_sym is no"),
+        ("gptq in 4 bits", {"rotation_config": {"block_size": 32}}, r"transforms .*\(rotation_con"),
+        ("gptq in 4 bits", {"spinquant_config": {"r1": True}}, r"transforms .*\(spinquant_config"),
+        ("gptq in 4 bits", {"dual_scale": 1}, "prunus does not know whether dual_scale in its"),
+        ("gptq in 4 bits", {"dynamic": {"a": {"codes": 1}}}, "not know whether codes in its"),
+        ("fp8 of blocks", {"weight_block_size": 32}, "blocks of .*, which are no two numbers"),
         ("fp8 of blocks", {"weight_block_size": [32]}, "blocks of .*, which are no two numbers"),
         ("fp8 of blocks", {"weight_block_size": [16, 16]}, r"fits the other parts"),
         ("integers of 3 bits", tensors_of("pack-quantized", 4), "of 3 bits of type int, which"),
+        ("integers of 4 bits", packed(group_size=128), "strategy group group_size 128"),
+        ("integers of 4 bits", packed(strategy="channel"), r"shape \(32, 2\), .* strategy channel"),
+        ("integers of 4 bits", packed(actorder="group"), "_g_idx is missing, and actorder says"),
+        ("integers of 4 bits", packed(symmetric=False), "_zero_point is missing, and symmetric sa"),
+        ("integers of 4 bits", packed(new_field="x"), "not know whether new_field in its"),
+        ("integers of 5 bits", packed(num_bits=5), "holds zero points other than 16, and symm"),
         ("int8", tensors_of("int-quantized", 8, "float"), "of the type int, which config.json"),
         ("int8", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse storage, which"),
         ("int8", {"quant_method": "bitsandbytes"}, r"quant_method bitsandbytes is none .*dequant"),
@@ -221,9 +246,60 @@ def test_a_configuration_that_contradicts_the_tensors(name, changes, words, sour
     assert_refused(ValueError, words, prune, few, tmp_path / "out")
 
 
-def test_auto_round_says_which_layout_its_files_have(source, tmp_path):
-    few, dense = quantize(source, tmp_path, "gptq in 4 bits")
-    described = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-    edit_json(few / "config.json", quantization_config=described | {"bits": 4, "group_size": 16})
+#: What AutoRound 0.16.1 writes beside the fields that say what its weights mean.
+OF_AUTO_ROUND = {
+    "quant_method": "auto-round", "data_type": "int", "iters": 0, "autoround_version": "0.16.1",
+    "block_name_to_quantize": "model.layers", "low_gpu_mem_usage": True, "act_bits": 8,
+    "extra_config": {"lm_head": {"bits": 16, "data_type": "fp"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("gptq in 4 bits", OF_AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}),
+        ("gptq without g_idx", OF_AUTO_ROUND | {"packing_format": "auto_round:gptq"}),
+        ("gptq_v2 in 4 bits", OF_AUTO_ROUND | {"packing_format": "auto_round"}),
+        ("awq in uneven groups", OF_AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}),
+        ("gptq in 4 bits", transformers.GPTQConfig(4, group_size=16, sym=False).to_dict()),
+        ("awq in 4 bits", transformers.AwqConfig(4, 16, modules_to_not_convert=["x"]).to_dict()),
+        ("fp8 of blocks", transformers.FineGrainedFP8Config(weight_block_size=(24, 24)).to_dict()),
+    ],
+)
+def test_what_other_programs_write_beside_the_layout_changes_nothing(
+    name, described, source, tmp_path
+):
+    few, dense = quantize(source, tmp_path, name)
+    before = json.loads((few / "config.json").read_text())["quantization_config"]
+    before.pop("checkpoint_format", None)
+    edit_json(few / "config.json", quantization_config=before | described)
     assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"])
     assert Checkpoint(few).fingerprint == open_checkpoint(few).fingerprint
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"extra_config": {KEY: {"bits": 8, "group_size": 24, "super_bits": None}}},
+        {"extra_config": {r".*1\.mlp\.up_.*": {"bits": 8, "group_size": 24}}},
+        {"dynamic": {"-:lm_head": {}, r"+:.*\.1\.mlp\.up_": {"bits": 8, "group_size": 24}}},
+    ],
+)
+def test_some_linears_have_other_bits_and_groups(rules, source, tmp_path):
+    few, _ = quantize(source, tmp_path, "gptq without g_idx")
+    parts, weight = gptq((64, 32), 8, "gptq", ordered=True, wide=24)
+    edit_tensors(few, lambda x: x.update({f"{KEY}.{y}": z.contiguous() for y, z in parts.items()}))
+    described = {"quant_method": "gptq", "bits": 4, "group_size": 24}
+    edit_json(few / "config.json", quantization_config=described | rules)
+    assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), weight.bfloat16())
+
+
+def test_a_group_of_compressed_tensors_is_chosen_by_the_name_of_a_module(source, tmp_path):
+    few, dense = quantize(source, tmp_path, "integers in uneven groups")
+    described = tensors_of("pack-quantized", 4, group_size=24, symmetric=False)
+    # Both make two groups of 32 inputs, 16 and 16 or 24 and 8.
+    other = tensors_of("pack-quantized", 4, group_size=16, symmetric=False)["config_groups"]
+    groups = {"group_1": other["group_0"], **described["config_groups"]}
+    groups["group_0"] = groups["group_0"] | {"targets": [KEY, r"re:.*\.layers\..*"]}
+    edit_json(few / "config.json", quantization_config=described | {"config_groups": groups})
+    assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"])

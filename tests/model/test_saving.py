@@ -53,7 +53,9 @@ def test_the_card_of_a_pruned_model_has_what_the_hub_reads(folders):
         "library_name": "transformers",
         "base_model_relation": "finetune",  # the hub has no word for pruned
         "tags": ["prunus", "pruned", "sparse", "sparsity-50"],
-        "prunus": {"method": "magnitude", "sparsity": 0.5012},
+        "prunus": {
+            **{"method": "magnitude", "sparsity": 0.5012, "sparsity_of_all_linears": 0.5012}
+        },
         "license": "other",
         "license_name": "mine",
         "language": ["en", "de"],

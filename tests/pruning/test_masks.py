@@ -1,5 +1,8 @@
 """Masks of a whole model: as bits in a file, and as what prune removes."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import prunus
+from command_line import call
 from prunus.pruning.masks import Masks
 from refusals import assert_refused
-from tiny import tiny_checkpoint, tiny_model, token_ids, weights
+from tiny import shards, tiny_checkpoint, tiny_model, token_ids, tree, weights
 
 Q = "model.layers.0.self_attn.q_proj"
 

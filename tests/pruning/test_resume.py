@@ -112,6 +112,17 @@ def test_a_result_has_the_names_of_shards_that_the_hub_knows(dense, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
 
 
+def test_overwriting_removes_no_weights_of_somebody_else(dense, tmp_path):
+    out, options = tmp_path / "out", {"method": "magnitude", "overwrite": True}
+    prunus.prune(dense, out, **options)
+    (out / "notes.txt").write_text("stays")
+    prunus.prune(dense, out, **options)
+    (out / "mine.safetensors").write_bytes(b"")
+    message = r"files that prunus prune did not write \(mine\.safetensors\)"
+    assert_refused(FileExistsError, message, prunus.prune, dense, out, **options)
+    assert (out / "notes.txt").exists()
+
+
 def test_the_record_of_a_version_before_0_4_is_refused_in_one_sentence(dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", method="magnitude")
     edit_json(tmp_path / "out" / "prunus.json", versions={"prunus": "0.3.0"})

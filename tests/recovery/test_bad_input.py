@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
-from changes import edit_json, swap_two_tokens
+from changes import swap_two_tokens
 from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.loading import load_model
@@ -184,14 +184,6 @@ def test_a_mode_follows_from_the_record_of_a_model(dense, text, tmp_path):
         assert default_mode(folder) == ("full" if record is StructureRecord else "masked")
     (folder / Manifest.FILE).touch()
     assert default_mode(folder) == "masked", "a smaller model that is pruned"
-
-
-def test_the_record_of_an_earlier_version_is_read(pruned, text, tmp_path):
-    record = recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1)
-    path = tmp_path / "out" / RecoveryRecord.FILE
-    recipe = json.loads(path.read_text())["recipe"] | {"patience": None}
-    edit_json(path, recipe=recipe, diverged=False)
-    assert recover(pruned, tmp_path / "out", "masked", text, tokens=32, evaluations=1) == record
 
 
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])

@@ -43,11 +43,16 @@ def scales(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return (torch.rand(shape) * 0.02 + 0.001).to(dtype)
 
 
-def gptq(shape: tuple[int, int], bits: int, form: str, ordered: bool) -> tuple[Parts, torch.Tensor]:
-    """GPTQ in groups of 16 inputs, which have the order of the inputs or any other one."""
+def gptq(
+    shape: tuple[int, int], bits: int, form: str, ordered: bool, wide: int = 16
+) -> tuple[Parts, torch.Tensor]:
+    """GPTQ in groups of inputs, which have the order of the inputs or any other one.
+
+    The last group of those in the order of the inputs may be shorter.
+    """
     rows, columns = shape
-    codes_OI, zeros_GO = codes(shape, bits), codes((columns // 16, rows), bits)
-    scales_GO, g_idx = scales(zeros_GO.shape, torch.float16), torch.arange(columns) // 16
+    codes_OI, zeros_GO = codes(shape, bits), codes((math.ceil(columns / wide), rows), bits)
+    scales_GO, g_idx = scales(zeros_GO.shape, torch.float16), torch.arange(columns) // wide
     if not ordered:
         g_idx = g_idx[torch.randperm(columns)]
     stored_GO = packed(zeros_GO, bits)
@@ -60,10 +65,19 @@ def gptq(shape: tuple[int, int], bits: int, form: str, ordered: bool) -> tuple[P
     return parts | {"g_idx": g_idx.int()}, dense_OI
 
 
-def awq(shape: tuple[int, int], bits: int) -> tuple[Parts, torch.Tensor]:
-    """AWQ in groups of 16 inputs."""
+def without_index(shape: tuple[int, int]) -> tuple[Parts, torch.Tensor]:
+    """GPTQ as AutoRound packs it: without `g_idx`, in groups that may not fill the inputs."""
+    parts, dense = gptq(shape, 4, "gptq", ordered=True, wide=24)
+    return {role: part for role, part in parts.items() if role != "g_idx"}, dense
+
+
+def awq(shape: tuple[int, int], bits: int, wide: int = 16) -> tuple[Parts, torch.Tensor]:
+    """AWQ in groups of inputs, of which the last may be shorter."""
     rows, columns = shape
-    codes_IO, zeros_GO = codes((columns, rows), bits), codes((columns // 16, rows), bits)
+    codes_IO, zeros_GO = (
+        codes((columns, rows), bits),
+        codes((math.ceil(columns / wide), rows), bits),
+    )
     scales_GO = scales(zeros_GO.shape, torch.float16)
     word = AWQ_WORD if bits == 4 else [0, 1, 2, 3]
     order = [first + place for first in range(0, rows, len(word)) for place in word]
@@ -73,7 +87,8 @@ def awq(shape: tuple[int, int], bits: int) -> tuple[Parts, torch.Tensor]:
         "scales": scales_GO,
     }
     dense_OI = torch.stack(
-        [(codes_IO[i] - zeros_GO[i // 16]).half() * scales_GO[i // 16] for i in range(columns)], 1
+        [(codes_IO[i] - zeros_GO[i // wide]).half() * scales_GO[i // wide] for i in range(columns)],
+        dim=1,
     )
     return parts, dense_OI
 
@@ -86,9 +101,11 @@ def fp8(shape: tuple[int, ...], high: int, wide: int, name: str) -> tuple[Parts,
     return {"weight": values, name: grid}, values.float() * full
 
 
-def integers(shape: tuple[int, int], bits: int, symmetric: bool) -> tuple[Parts, torch.Tensor]:
-    """pack-quantized of compressed-tensors, in groups of 32 inputs."""
-    codes_OI, zeros_OG = codes(shape, bits), codes((shape[0], shape[1] // 32), bits)
+def integers(
+    shape: tuple[int, int], bits: int, symmetric: bool, wide: int = 32
+) -> tuple[Parts, torch.Tensor]:
+    """pack-quantized of compressed-tensors, in groups of inputs."""
+    codes_OI, zeros_OG = codes(shape, bits), codes((shape[0], math.ceil(shape[1] / wide)), bits)
     scale_OG = scales(zeros_OG.shape, torch.bfloat16)
     parts = {
         "weight_packed": packed(codes_OI, bits),
@@ -99,8 +116,8 @@ def integers(shape: tuple[int, int], bits: int, symmetric: bool) -> tuple[Parts,
         zeros_OG = torch.full_like(zeros_OG, 2 ** (bits - 1))
     else:
         parts["weight_zero_point"] = packed(zeros_OG.T, bits).T
-    steps_OI = codes_OI - zeros_OG.repeat_interleave(32, 1)
-    return parts, steps_OI.bfloat16() * scale_OG.repeat_interleave(32, 1)
+    zeros_OI, scale_OI = (x.repeat_interleave(wide, 1)[:, : shape[1]] for x in (zeros_OG, scale_OG))
+    return parts, (codes_OI - zeros_OI).bfloat16() * scale_OI
 
 
 def int8(shape: tuple[int, int]) -> tuple[Parts, torch.Tensor]:
@@ -162,6 +179,18 @@ FORMATS: dict[str, tuple[dict[str, Any], Make]] = {
     "awq in 8 bits": (
         {"quant_method": "awq", "bits": 8, "group_size": 16, "version": "GEMM"},
         lambda shape: awq(shape, 8),
+    ),
+    "awq in uneven groups": (
+        {"quant_method": "awq", "bits": 4, "group_size": 24, "version": "gemm"},
+        lambda shape: awq(shape, 4, 24),
+    ),
+    "gptq without g_idx": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 24},
+        without_index,
+    ),
+    "integers in uneven groups": (
+        tensors_of("pack-quantized", 4, group_size=24, symmetric=False),
+        lambda shape: integers(shape, 4, False, 24),
     ),
     "int8": (tensors_of("int-quantized", 8, strategy="channel", symmetric=False), int8),
     "float8 of rows": (

@@ -120,7 +120,7 @@ def audit(out: Path) -> list[str]:
                         any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists()
                     ):
                         continue  # A copy next to the checkpoint of a sweep's cell.
-                    claimed = list(content["sha256"])
+                    claimed = list(content.get("sha256", []))  # an import lists its files
                     if content["state"] == "finished" and content["recipe"].get("mode") != "lora":
                         claimed.append(INDEX_NAME)
                 faults += [

@@ -167,6 +167,7 @@ def _check_json_file(given: Iterable[Any] = ()) -> None:
     json_file = _JSON.get()
     if json_file is None or json_file == STDOUT:
         return
+    files.check_place(json_file)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder; give the name of a file")
     values = itertools.chain(*(x if isinstance(x, list) else [x] for x in given))

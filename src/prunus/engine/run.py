@@ -272,7 +272,7 @@ def run_verb(
                     earlier = stack.enter_context(held(command.KIND, result.folder, find))
             except OtherRunError:
                 # What is wrong with the options comes first, and what is in the folder after that.
-                # The other processes have ended.
+                # Other ranks hear of the folder alone, and would not join a plan.
                 if ranks().size == 1:
                     command.plan(session)
                 raise

@@ -17,7 +17,7 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,13 +65,16 @@ def affine_type(bits: int, group: int, dtype: torch.dtype) -> BlockType:
     return BlockType(name, group, group, values, ONE, layout, dtype=dtype)
 
 
-def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torch.Tensor:
+def dense_weight(
+    key: str, tensors: dict[str, torch.Tensor], group: int, known: Collection[int] = _BITS
+) -> torch.Tensor:
     """A weight that `MlxCodec.encode` has stored, float32 (O, I); `tensors` lose its parts.
 
     Args:
         key: The name of the weight.
         tensors: Tensors of a checkpoint by name.
         group: The number of columns that share a scale.
+        known: The bits that it may have.
 
     Raises:
         ValueError: The tensors do not belong together, or are of another mode than affine.
@@ -80,9 +83,10 @@ def dense_weight(key: str, tensors: dict[str, torch.Tensor], group: int) -> torc
     columns = group * scales_OS.shape[-1]
     bits = 32 * packed.shape[-1] / max(1, columns)
     shapes = {tuple(scales_OS.shape), tuple(biases_OS.shape), (len(packed), columns // group)}
-    if packed.dtype != torch.uint32 or bits not in _BITS or len(shapes) > 1:
+    if packed.dtype != torch.uint32 or bits not in known or len(shapes) > 1:
         raise ValueError(
-            f"{key} is not stored as integers with a scale and a bias for each {group} columns: "
+            f"{key} is not stored as integers of {' or '.join(map(str, known))} bits with a scale "
+            f"and a bias for each {group} columns, as config.json says: "
             "give a model of mode affine, without experts in one tensor"
         )
     return scaled(packed.view(torch.uint8), int(bits), scales_OS, biases_OS)
@@ -164,8 +168,9 @@ class MlxCodec(Codec):
         config.pop("quantization_config", None)
         for scales in [name for name in tensors if name.endswith(".scales")]:
             module, stored = scales.removesuffix(".scales"), tensors[scales].dtype
-            group = described.get(module, described)["group_size"]
-            weight_OI = dense_weight(f"{module}.weight", tensors, group)
+            kind = described.get(module, described)
+            known = [kind["bits"]]
+            weight_OI = dense_weight(f"{module}.weight", tensors, kind["group_size"], known)
             tensors[f"{module}.weight"] = weight_OI.to(stored)
 
 

@@ -2,7 +2,7 @@
 
     table.py          methods by their names, also a user's own: what each needs and supports
     own_code.py       what users write themselves and name as FILE.py:NAME
-    method_options.py the options of methods
+    method_options.py  the options of methods
     work.py           what is asked of a method, how its rows are split, and what it returns
     patterns.py       which weights compete, and from scores to a mask
     statistics.py     what a method knows of a linear's inputs

@@ -25,7 +25,8 @@ import transformers
 from transformers import AutoConfig
 
 from prunus.model.checkpoint.files import read_json, write_json
-from prunus.model.checkpoint.quantized import METHODS, DenseCheckpoint, method_of
+from prunus.model.checkpoint.quantization_config import method_of
+from prunus.model.checkpoint.quantized import METHODS, DenseCheckpoint
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.formats import refuse_packed
 from prunus.words import reason

@@ -133,7 +133,7 @@ def test_a_command_on_a_full_disk_ends_in_one_line(material, small_disk, monkeyp
     assert re.match(
         "prunus: error: No space left on the disk for .*/out/model-00003", shown.splitlines()[-1]
     )
-    assert "GB must fit, and 0.012 GB are free. Finished files are kept: make room" in shown
+    assert "its 33.4 kB must fit, and 12.3 MB are free. Finished files are kept: make room" in shown
     assert "Errno" not in shown and "Error" not in shown
 
 

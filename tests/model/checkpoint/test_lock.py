@@ -7,6 +7,7 @@ folder and its lock finds what happened there.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -262,11 +263,13 @@ def test_an_import_replaces_what_another_run_finished_only_if_it_may(
         assert os.listdir(tmp_path) == ["out"]
     prune = verbs(material)["prune"][0]
     between_look_and_lock(prune, out)
-    with pytest.raises(FileExistsError, match="not empty"):
-        import_gguf(file, out)
+    with pytest.raises(FileExistsError, match="files that no import wrote"):
+        import_gguf(file, out, overwrite=True)
     assert (out / "prunus.json").exists()
-    between_look_and_lock(prune, out)
+    shutil.rmtree(out)
+    between_look_and_lock(lambda out: import_gguf(file, out), out)
+    with pytest.raises(FileExistsError, match="holds a finished import"):
+        import_gguf(file, out)
+    between_look_and_lock(lambda out: import_gguf(file, out, overwrite=True), out)
     import_gguf(file, out, overwrite=True)
-    assert (out / "model.safetensors").exists()
-    assert not (out / "prunus.json").exists()
     assert os.listdir(tmp_path) == ["out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from prunus.model.checkpoint.files import (
     check_regular,
     copy_file,
     open_regular,
+    recorded_digests,
 )
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, PICKLE_SUFFIXES, Checkpoint
@@ -31,9 +33,9 @@ _OWN_FILES = {
     INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md", "quantize_config.json",
     "quant_config.json", "quantization_config.json", "hf_quant_config.json", "quant_log.csv",
 }  # fmt: skip
-# Weights of results, and what unfinished runs of prunus keep.
+# Weights of results, and what unfinished runs keep: a measurement, and the state of a training.
 _WEIGHTS = re.compile(
-    r"(model(-\d+-of-\d+)?|adapter_model|sensitivity|training|best-\d+)\.safetensors"
+    r"(model-\d{5}-of-\d{5}|adapter_model|sensitivity|training|best-\d+)\.safetensors"
 )
 # Files that a result does not copy but derives its own from, so they are checked as well.
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
@@ -121,14 +123,13 @@ def holds_result(
         return False
     names = sorted(x.name for x in output.iterdir() if not x.name.endswith(TEMPORARY_SUFFIX))
     if is_own := record in names:
-        known = None if written is None else {record, LOCK_NAME, *written}
-        names = [
-            name
-            for name in names
-            if (name not in known if known else name.endswith(".safetensors"))
-            and not (known is None and _WEIGHTS.fullmatch(name))
-        ]
-        names = names if overwrite else []
+        if written is None:
+            names = [x for x in names if x.endswith(".safetensors") and not _WEIGHTS.fullmatch(x)]
+            # A record that is damaged may be overwritten too.
+            with contextlib.suppress(ValueError):
+                written = recorded_digests(output)
+        known = {record, LOCK_NAME, *(written or ())}
+        names = [name for name in names if name not in known] if overwrite else []
     if names:
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         replaces = "`overwrite` replaces only what that command made. " if overwrite else ""

@@ -28,6 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunus.model.checkpoint.quantization_config import (
+    GPTQ_V2_PACKINGS,
+    OF_BLOCKS,
+    Rules,
+    block_of,
+    check_fields,
+    method_of,
+    rules_of,
+    unpack,
+)
 from prunus.model.checkpoint.tensor_files import VALUES, Checkpoint, TensorInfo
 
 #: The values of FP4 (E2M1) by code.
@@ -50,16 +60,6 @@ _STEP = 2**22  # weights that are multiplied at a time, in float32
 
 #: The bits of the codes that are read, of the methods that have no other kinds.
 _BITS = {"gptq": (2, 4, 8), "awq": (4, 8)}
-#: The program that turns a checkpoint of a method into a dense one.
-_TOOLS = {
-    "bitsandbytes": "transformers (`model.dequantize()`, then `save_pretrained`)",
-    "higgs": "transformers (`model.dequantize()`, then `save_pretrained`)",
-    "modelopt": "NVIDIA's Model Optimizer",
-    "quark": "AMD's Quark",
-    "torchao": "torchao (`dequantize()` of its tensors)",
-    "quanto": "optimum-quanto (`dequantize()` of its tensors)",
-    "hqq": "the package hqq (`dequantize()` of its layers)",
-}
 
 
 def from_stream(data_NK: Tensor, bits: int) -> Tensor:
@@ -168,13 +168,24 @@ class Stored:
         checkpoint: The files.
         stem: What the names of all parts begin with.
         described: The entry quantization_config of config.json.
+        rules: What that says of a module alone, by its name; see `rules_of`.
 
     Attributes:
+        module: The name of the module that has the weight.
+        rules: What is said of this module.
+        described: As given, with the fields of the first rule in the place of its own.
         parts: Role of a part, which ends its name -> its name, of the parts that were asked for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stem: str, described: Mapping[str, Any]) -> None:
-        self.checkpoint, self.stem, self.described = checkpoint, stem, described
+    def __init__(
+        self, checkpoint: Checkpoint, stem: str, described: Mapping[str, Any], rules: Rules
+    ) -> None:
+        self.checkpoint, self.stem = checkpoint, stem
+        self.module = stem.removesuffix("weight").removesuffix(".")
+        self.rules = rules(self.module)
+        # compressed-tensors describes the weights of a group, and the others change some fields.
+        changed = self.rules[0] if self.rules and "config_groups" not in described else {}
+        self.described = {**described, **{x: y for x, y in changed.items() if y is not None}}
         self.parts: dict[str, str] = {}
 
     def refuse(self, role: str, wrong: str) -> NoReturn:
@@ -224,80 +235,134 @@ class Stored:
             self.refuse(role, "holds a scale that is 0 or no finite number")
         return info
 
-    def group(self, role: str, inputs: int, groups: int) -> tuple[int, int]:
-        """The block of a weight with groups of inputs; the part `role` may number them."""
-        if self.has(role):
-            self.part(role, (inputs,), dtypes=_INDICES)
-            index_I = self.checkpoint.whole(self.parts[role])
-            if int(index_I.min()) < 0 or int(index_I.max()) >= groups:
-                self.refuse(role, f"has a group beyond the {groups} that have scales")
-        elif inputs % groups:
-            self.refuse("", f"has {inputs} inputs, which are no {groups} groups of one size")
-        size = self.described.get("group_size")
-        if isinstance(size, int) and not self.described.get("dynamic"):
-            expected = -(-inputs // size) if size > 0 else 1
-            if groups != expected:
-                self.refuse("", f"has {groups} groups, and group_size {size} makes {expected}")
-        return 1, -(-inputs // groups)
+    def group(self, inputs: int, groups: int) -> tuple[int, int]:
+        """The block of a weight in GPTQ or AWQ. The last group is shorter if they do not fit.
 
-    def kinds(self) -> list[Mapping[str, Any]]:
-        """How compressed-tensors describes weights: an entry for each of its groups."""
-        groups = self.described.get("config_groups")
-        entries = groups.values() if isinstance(groups, dict) else []
-        found = [entry.get("weights") for entry in entries if isinstance(entry, dict)]
-        return [weights for weights in found if isinstance(weights, dict)]
+        Without a group_size it is 128, as in the programs that run these weights.
+        """
+        size = self.described.get("group_size", 128)
+        wide = min(size, inputs) if isinstance(size, int) and size > 0 else inputs
+        if groups != (expected := -(-inputs // wide)):
+            self.refuse("", f"has {groups} groups, and group_size {size} makes {expected}")
+        return 1, wide
 
-    def agrees(self, role: str, kind: str, bits: int | None = None) -> None:
-        """Check that compressed-tensors describes codes of this kind and number of bits."""
-        if (kind, bits) not in [(x.get("type"), bits and x.get("num_bits")) for x in self.kinds()]:
+    def index(
+        self, role: str, shape: tuple[int, ...], wide: int, field: str, has_order: bool | None
+    ) -> None:
+        """Check the part that numbers the group of each input.
+
+        Args:
+            role: The part, which may be missing.
+            shape: The shape of the weight.
+            wide: The inputs of a group.
+            field: The field that says whether the groups have another order than the inputs.
+            has_order: Whether it says so; None if it says nothing.
+        """
+        groups = -(-shape[-1] // wide)
+        if not self.has(role):
+            if has_order and groups > 1:
+                self.refuse(role, f"is missing, and {field} says that the groups have an order")
+            return
+        self.part(role, (*shape[:-2], shape[-1]), dtypes=_INDICES)
+        index_I = self.checkpoint.whole(self.parts[role])
+        if int(index_I.min()) < 0 or int(index_I.max()) >= groups:
+            self.refuse(role, f"has a group beyond the {groups} that have scales")
+        if has_order is False and bool((index_I != torch.arange(shape[-1]) // wide).any()):
+            self.refuse(role, f"gives the groups an order, and {field} says that they have none")
+
+    def zeros(
+        self,
+        role: str,
+        field: str,
+        is_symmetric: bool | None,
+        zeros: Callable[[Tensor], Tensor] = Tensor.float,
+        middle: int = 0,
+    ) -> None:
+        """Check zero points.
+
+        Args:
+            role: The part that they are in, which may be missing.
+            field: The field that says whether the weight is symmetric.
+            is_symmetric: Whether it says so; None if it says nothing.
+            zeros: From the part to the zero points.
+            middle: The zero point of all symmetric weights.
+        """
+        if is_symmetric is False and not self.has(role):
+            self.refuse(role, f"is missing, and {field} says that there are zero points")
+        name = self.stem + role
+        if is_symmetric and self.has(role) and (zeros(self.checkpoint.whole(name)) != middle).any():
+            self.refuse(role, f"holds zero points other than {middle}, and {field} allows none")
+
+    def kinds(self, role: str, kind: str, bits: int | None = None) -> list[dict[str, Any]]:
+        """How compressed-tensors may describe this weight.
+
+        Args:
+            role: The part with the codes.
+            kind: What these are, "int" or "float".
+            bits: Their bits; None for any.
+        """
+        found = [x for x in self.rules if x.get("type") == kind]
+        if bits is not None:
+            found = [x for x in found if x.get("num_bits") == bits]
+        if not found:
             shown = f"{bits} bits of type {kind}" if bits else f"the type {kind}"
             self.refuse(role, f"has codes of {shown}, which config.json does not describe")
+        return found
 
-    def grid(self, role: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The block that shares a scale: the tensor, a row, a group of inputs, or a block.
+    def grid(
+        self, role: str, shape: tuple[int, ...], kinds: Iterable[Mapping[str, Any]]
+    ) -> tuple[tuple[int, int], Mapping[str, Any]]:
+        """The block that shares a scale, and the first description that the scales fit.
 
         Args:
             role: The part with the scales.
             shape: The shape of the weight.
+            kinds: Descriptions, in the words of compressed-tensors.
         """
-        (*lead, outputs, inputs), kinds = shape, self.kinds()
-        sizes = [self.described.get("weight_block_size")]
-        sizes = [x for x in (*sizes, *(kind.get("block_structure") for kind in kinds)) if x]
-        forms: dict[tuple[int, ...], tuple[int, int]] = {}
-        for size in sizes:
-            if not isinstance(size, list) or [type(x) for x in size] != [int, int] or min(size) < 1:
-                self.refuse(role, f"has blocks of {size!r}, which are no two numbers")
-            forms[*lead, *(-(-n // x) for n, x in zip(shape[-2:], size, strict=True))] = (*size,)
-        if len(sizes) < max(1, len(kinds)):
-            found = self.part(role, dtypes=_SCALES).shape
-            groups = found[-1] if len(found) > 1 and inputs % found[-1] == 0 else 1
-            forms[*lead, outputs, 1] = 1, inputs
-            forms |= {(*lead, outputs, groups): (1, inputs // groups)}
-            if not lead:
-                forms[outputs,] = 1, inputs
-                forms |= dict.fromkeys([(), (1,), (1, 1)], (outputs, inputs))
-        return forms[self.scale(role, *forms).shape]
+        forms: dict[tuple[int, ...], tuple[tuple[int, int], Mapping[str, Any]]] = {}
+        for kind in kinds:
+            strategy, block = block_of(kind, shape)
+            if [type(x) for x in block] != [int, int] or min(block) < 1:
+                self.refuse(role, f"has blocks of {block!r}, which are no two numbers")
+            block = min(block[0], shape[-2]), min(block[1], shape[-1])
+            forms.setdefault((*shape[:-2], *_rows_and_columns(shape, block)), (block, kind))
+            flat = {"channel": [shape[:1]], "tensor": [(), (1,)]}.get(strategy, [])
+            for form in flat if len(shape) == 2 else ():
+                forms.setdefault(form, (block, kind))
+        if (found := self.part(role, dtypes=_SCALES).shape) not in forms:
+            form, (_, kind) = next(iter(forms.items()))
+            fields = " ".join(f"{x} {kind[x]}" for x in OF_BLOCKS if kind.get(x) is not None)
+            self.refuse(role, f"has shape {found}, and {form} fits the other parts and {fields}")
+        self.scale(role)
+        return forms[found]
 
 
 def _gptq(stored: Stored) -> Weight:
     """GPTQ: columns of 32-bit words. Version 1 of the format stores each zero point less 1."""
     form = stored.described.get("checkpoint_format", stored.described.get("format", "gptq"))
+    if stored.described.get("packing_format") in GPTQ_V2_PACKINGS:
+        form = "gptq_v2"
     if form not in ("gptq", "gptq_v2"):
         stored.refuse("qweight", f"is stored in the format {form!r}, and prunus reads gptq")
     words, outputs = stored.part("qweight", axes=2).shape
-    groups, bits = _bits(stored, outputs, _BITS["gptq"])
+    groups, bits = _bits(stored, outputs)
     inputs = 32 * words // bits
     stored.scale("scales", (groups, outputs))
-    block = stored.group("g_idx", inputs, groups)
+    block = stored.group(inputs, groups)
+    shape, has_order = (outputs, inputs), stored.described.get("desc_act")
+    stored.index("g_idx", shape, block[1], "desc_act", has_order)
     # GPTQModel has subtracted from whole words, so the sum undoes what a zero point has borrowed.
     ones = 0 if form == "gptq_v2" else sum(1 << place for place in range(0, 32, bits))
 
-    def coded(parts: dict[str, Tensor]) -> Coded:
-        zero_YX = _from_words(parts["qzeros"] + ones, bits, outputs)
-        codes_OI = _from_words(parts["qweight"].T, bits, inputs)
-        return Coded(codes_OI, parts["scales"].T, zero_YX.T, block, parts.get("g_idx"))
+    def zeros(qzeros: Tensor) -> Tensor:
+        return _from_words(qzeros + ones, bits, outputs).T
 
-    return Weight(f"{stored.stem}weight", stored.parts, (outputs, inputs), coded)
+    def coded(parts: dict[str, Tensor]) -> Coded:
+        codes_OI, zero_XY = _from_words(parts["qweight"].T, bits, inputs), zeros(parts["qzeros"])
+        return Coded(codes_OI, parts["scales"].T, zero_XY, block, parts.get("g_idx"))
+
+    stored.zeros("qzeros", "sym", stored.described.get("sym"), zeros, 2 ** (bits - 1))
+    return Weight(f"{stored.stem}weight", stored.parts, shape, coded)
 
 
 def _awq(stored: Stored) -> Weight:
@@ -307,10 +372,10 @@ def _awq(stored: Stored) -> Weight:
         stored.refuse("qweight", f"is stored in the version {version!r}, and prunus reads gemm")
     inputs, words = stored.part("qweight", axes=2).shape
     outputs = stored.part("scales", axes=2, dtypes=_SCALES).shape[1]
-    groups, bits = _bits(stored, outputs, _BITS["awq"])
+    groups, bits = _bits(stored, outputs)
     stored.part("qzeros", (groups, words))
     stored.scale("scales", (groups, outputs))
-    block, order = stored.group("", inputs, groups), _AWQ_ORDER if bits == 4 else [0]
+    block, order = stored.group(inputs, groups), _AWQ_ORDER if bits == 4 else [0]
 
     def columns(packed: Tensor) -> Tensor:
         codes = _from_words(packed, bits, outputs).unflatten(1, (-1, len(order)))
@@ -320,17 +385,24 @@ def _awq(stored: Stored) -> Weight:
         zero_XY = columns(parts["qzeros"])
         return Coded(columns(parts["qweight"]), parts["scales"].T, zero_XY, block)
 
+    is_symmetric = not stored.described.get("zero_point", not stored.described.get("sym"))
+    stored.zeros("qzeros", "zero_point or sym", is_symmetric, columns, 2 ** (bits - 1))
     return Weight(f"{stored.stem}weight", stored.parts, (outputs, inputs), coded)
 
 
-def _bits(stored: Stored, outputs: int, known: tuple[int, ...]) -> tuple[int, int]:
+def _bits(stored: Stored, outputs: int) -> tuple[int, int]:
     """The groups and the bits of the codes of GPTQ or AWQ, by the shape of the zero points."""
-    described = stored.described.get("bits")
+    method, described = stored.described["quant_method"], stored.described.get("bits")
+    known, kind = _BITS[method], str(stored.described.get("data_type", "int"))
+    if described not in known or "int" not in kind or "fp" in kind:
+        where = f"{stored.checkpoint.folder}: {stored.module}"
+        what = f"{method} in {described} bits" + (f" of {kind}" if kind != "int" else "")
+        raise ValueError(_unread(where, method, what))
     groups, words = stored.part("qzeros", axes=2).shape
     bits = 32 * words // outputs
     if bits not in known or 32 * words != outputs * bits:
         stored.refuse("qzeros", f"has {words} words a row, and prunus reads codes of {known} bits")
-    if bits != described and not stored.described.get("dynamic"):
+    if bits != described:
         stored.refuse("qzeros", f"has codes of {bits} bits, and config.json says {described}")
     return groups, bits
 
@@ -360,64 +432,89 @@ def _packed(stored: Stored) -> Weight:
     bits = 32 * info.shape[1] // max(1, inputs)
     if not 1 <= bits <= 8 or info.shape != (outputs, -(-inputs * bits // 32)):
         stored.refuse("_packed", f"has shape {info.shape}, and the weight {shape}")
-    stored.agrees("_packed", "int", bits)
-    numbered = stored.has("_g_idx")
-    found = stored.part("_scale", axes=2 if numbered else None, dtypes=_SCALES).shape
-    block = stored.group("_g_idx", inputs, found[-1]) if numbered else stored.grid("_scale", shape)
-    rows, groups = grid = found if numbered else _rows_and_columns(shape, block)
-    stored.scale("_scale")
+    block, kind = stored.grid("_scale", shape, stored.kinds("_packed", "int", bits))
+    rows, groups = grid = _rows_and_columns(shape, block)
     if stored.has("_zero_point"):
         stored.part("_zero_point", (-(-rows * bits // 32), groups))
+
+    def zeros(zero_point: Tensor) -> Tensor:
+        return _from_words(zero_point.T, bits, rows).T
 
     def coded(parts: dict[str, Tensor]) -> Coded:
         scale_XY = parts["_scale"].reshape(grid)
         # Codes and zero points are counted from the lowest integer on.
         zero_XY = torch.full(grid, 2 ** (bits - 1))
         if "_zero_point" in parts:
-            zero_XY = _from_words(parts["_zero_point"].T, bits, rows).T
+            zero_XY = zeros(parts["_zero_point"])
         codes_OI = _from_words(parts["_packed"], bits, inputs)
         return Coded(codes_OI, scale_XY, zero_XY, block, parts.get("_g_idx"))
 
+    _check_kind(stored, kind, shape, block, zeros, 2 ** (bits - 1))
     return Weight(stored.stem, stored.parts, shape, coded)
+
+
+def _check_kind(
+    stored: Stored,
+    kind: Mapping[str, Any],
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    zeros: Callable[[Tensor], Tensor] = Tensor.float,
+    middle: int = 0,
+) -> None:
+    """Check the parts that `actorder` and `symmetric` of compressed-tensors ask for."""
+    has_order = kind.get("actorder") in ("group", "dynamic", True)
+    stored.index("_g_idx", shape, block[1], "actorder", has_order)
+    stored.zeros("_zero_point", "symmetric", kind.get("symmetric") is not False, zeros, middle)
 
 
 def _packed_fp4(stored: Stored) -> Weight:
     """compressed-tensors: NVFP4, whose weight has a scale for its scales, or MXFP4 without one."""
     outputs, half = stored.checkpoint.tensors[stored.parts["_packed"]].shape
-    stored.agrees("_packed", "float", 4)
-    wide = 16 if stored.has("_global_scale") else 32
-    stored.scale("_scale", (outputs, 2 * half // wide))
-    if wide == 16:
+    shape = outputs, 2 * half
+    block, kind = stored.grid("_scale", shape, stored.kinds("_packed", "float", 4))
+    grid, is_nvfp4 = _rows_and_columns(shape, block), kind.get("strategy") == "tensor_group"
+    if is_nvfp4:
         stored.scale("_global_scale", (1,), ())
+    for role in ("_zero_point", *(() if is_nvfp4 else ("_global_scale",))):
+        if stored.has(role):
+            stored.refuse(role, f"belongs to no FP4 of strategy {kind.get('strategy')}")
+    _check_kind(stored, kind, shape, block)
 
     def coded(parts: dict[str, Tensor]) -> Coded:
-        scale_XY = _as_floats(parts["_scale"])
-        if wide == 16:
+        scale_XY = _as_floats(parts["_scale"]).reshape(grid)
+        if is_nvfp4:
             scale_XY = scale_XY / parts["_global_scale"].float()
         codes_OI = from_stream(parts["_packed"], 4)
-        return Coded(codes_OI, scale_XY, None, (1, wide), values=FP4_BY_CODE)
+        return Coded(codes_OI, scale_XY, None, block, parts.get("_g_idx"), FP4_BY_CODE)
 
-    return Weight(stored.stem, stored.parts, (outputs, 2 * half), coded)
+    return Weight(stored.stem, stored.parts, shape, coded)
 
 
 def _scaled(stored: Stored) -> Weight:
     """Floats or integers of 8 bits, with scales for the tensor, its rows, groups or blocks."""
-    info = stored.part("", dtypes=_BYTES)
+    is_described = stored.described["quant_method"] == "compressed-tensors"
+    info = stored.part("", dtypes=_BYTES if is_described else _FP8)
     if len(info.shape) not in (2, 3):
         stored.refuse("", f"has shape {info.shape}, and no scale belongs to such a tensor")
-    if stored.described["quant_method"] == "compressed-tensors":
-        stored.agrees("", "float" if info.dtype in _FP8 else "int")
+    if is_described:
+        kinds = stored.kinds("", "float" if info.dtype in _FP8 else "int")
+    elif size := stored.described.get("weight_block_size"):
+        kinds = [{"weight_block_size": size}]
+    else:
+        kinds = [{"strategy": "channel"}, {"strategy": "tensor"}]
     role = "_scale_inv" if stored.has("_scale_inv") else "_scale"
-    block = stored.grid(role, info.shape)
+    block, kind = stored.grid(role, info.shape, kinds)
     grid = _rows_and_columns(info.shape, block)
     if stored.has("_zero_point"):
         grid_shape = stored.checkpoint.tensors[stored.parts[role]].shape
         stored.part("_zero_point", grid_shape, dtypes=(*_BYTES, *_SCALES, *_INDICES))
+    _check_kind(stored, kind, info.shape, block)
 
     def coded(parts: dict[str, Tensor]) -> Coded:
         zero = parts.get("_zero_point")
         zero_XY = None if zero is None else zero.reshape(grid)
-        return Coded(parts[""], parts[role].reshape(grid), zero_XY, block)
+        scale_XY = parts[role].reshape(grid)
+        return Coded(parts[""], scale_XY, zero_XY, block, parts.get("_g_idx"))
 
     return Weight(stored.stem, stored.parts, info.shape, coded)
 
@@ -439,39 +536,13 @@ METHODS: dict[str, dict[str, Callable[[Stored], Weight]]] = {
 }
 
 
-def method_of(described: Mapping[str, Any]) -> str:
-    """The method of a quantization_config, by the layout that it has on disk.
-
-    >>> method_of({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"})
-    'gptq'
-    """
-    method, packing = str(described.get("quant_method")), str(described.get("packing_format"))
-    of_packing = next((x for x in ("gptq", "awq") if packing.endswith(x)), method)
-    return of_packing if method == "auto-round" else method
-
-
-def _check_described(folder: Path, described: Mapping[str, Any]) -> None:
-    """Refuse what no layout reads.
-
-    Raises:
-        ValueError: Names the method and the program that unpacks it.
-    """
-    method, bits = method_of(described), described.get("bits")
-    if method not in METHODS or bits not in _BITS.get(method, (bits,)):
-        known = (f"{x} in {_BITS[x]} bits" if x in _BITS else x for x in METHODS)
-        raise ValueError(
-            f"{folder} is quantised, and its quant_method {method}"
-            + (f" in {bits} bits" if method in _BITS else "")
-            + f" is none that prunus reads ({', '.join(known)}): unpack it to bfloat16 with "
-            f"{_TOOLS.get(method, 'the program that made it')}, and give the result"
-        )
-    sparse = described.get("sparsity_config")
-    is_sparse = isinstance(sparse, dict) and sparse.get("format", "dense") != "dense"
-    if described.get("transform_config") or is_sparse:
-        raise ValueError(
-            f"{folder} is quantised by {method} with transforms or sparse storage, which prunus "
-            "does not read: unpack it with the package compressed-tensors"
-        )
+def _unread(where: Path | str, method: str, what: str) -> str:
+    """The message that prunus does not read a method, and which program unpacks it."""
+    known = (f"{x} in {_BITS[x]} bits" if x in _BITS else x for x in METHODS)
+    return (
+        f"{where} is quantised, and its quant_method {what} is none that prunus reads "
+        f"({', '.join(known)}): {unpack(method)}"
+    )
 
 
 class DenseCheckpoint(Checkpoint):
@@ -489,7 +560,9 @@ class DenseCheckpoint(Checkpoint):
     def __init__(
         self, stored: Checkpoint, described: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
-        _check_described(stored.folder, described)
+        if (method := method_of(described)) not in METHODS:
+            raise ValueError(_unread(stored.folder, method, method))
+        check_fields(stored.folder, described)
         vars(self).update(vars(stored))
         self._stored, self._dtype = stored, dtype
         self._weights = {weight.name: weight for weight in _weights(stored, described)}
@@ -540,12 +613,12 @@ class DenseCheckpoint(Checkpoint):
 def _weights(checkpoint: Checkpoint, described: Mapping[str, Any]) -> Iterator[Weight]:
     """Every weight that is stored in codes."""
     described = {**described, "quant_method": method_of(described)}
-    taken: set[str] = set()
+    taken, rules = set[str](), rules_of(checkpoint, described)
     for end, layout in METHODS[described["quant_method"]].items():
         # A weight comes before its parts, whose names are longer.
         for name in sorted(checkpoint.tensors):
             is_code = bool(end) or checkpoint.tensors[name].dtype in _BYTES
             if name.endswith(end) and is_code and name not in taken:
-                weight = layout(Stored(checkpoint, name.removesuffix(end), described))
+                weight = layout(Stored(checkpoint, name.removesuffix(end), described, rules))
                 taken |= set(weight.parts.values())
                 yield weight

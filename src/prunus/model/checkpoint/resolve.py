@@ -17,8 +17,8 @@ from prunus.words import did_you_mean
 
 #: The file that describes an adapter.
 CONFIG_NAME = "adapter_config.json"
-#: Path, size and time of a model that was unpacked -> the folder that holds its checkpoint.
-_unpacked: dict[tuple[Path, int, int], Path] = {}
+#: Path, size and time of each file of a model that was unpacked -> the folder of its checkpoint.
+_unpacked: dict[tuple[tuple[Path, int, int], ...], Path] = {}
 
 
 def _folder_of(kind: Any, path: Path, say: Callable[[str], None] | None) -> Path:
@@ -29,8 +29,9 @@ def _folder_of(kind: Any, path: Path, say: Callable[[str], None] | None) -> Path
         path: The model.
         say: Called with a line of text before each step; None for silence.
     """
-    state = path.stat()
-    key = (path.resolve(), state.st_size, state.st_mtime_ns)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = [(file.resolve(), file.stat()) for file in files if file.is_file()]
+    key = tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
     if key not in _unpacked:
         temporary = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
