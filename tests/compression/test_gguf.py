@@ -560,11 +560,13 @@ def test_names_that_cannot_be_written_are_refused_before_any_work(small, tmp_pat
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link.gguf.part").symlink_to("elsewhere")
+    (tmp_path / "theirs.gguf").write_bytes(b"GGUF" + bytes(60))
     before = tree(tmp_path)
     for name, message in (
         ("folder.gguf", "folder.gguf is a folder"),
         ("link.gguf", "link.gguf.part is a link"),
         ("n" * 248 + ".gguf", "at most 255 bytes, and .* has 258"),
+        ("theirs.gguf", "theirs.gguf(: the GGUF file is truncated| exists and was not written)"),
     ):
         for overwrite in (False, True):
             with pytest.raises((FileExistsError, ValueError), match=message):
@@ -857,6 +859,7 @@ def test_lists_that_cannot_be_written_are_refused_before_any_work(small, monkeyp
         (["x.gguf", "--tensor-types", "mine.txt"], "mine.txt exists and was not written by this"),
         (["x.gguf", "--imatrix", "model.gguf"], "model.gguf exists and was not"),
         (["x.gguf", "--imatrix", "link"], "link exists and was not"),
+        (["x.gguf", "--imatrix", "new", "--tensor-types", "new"], "new is named twice"),
         (["x.gguf", "--imatrix", "new", "--rounding", "feedback"], "leave --rounding feedback out"),
     ):
         out, *more = (
@@ -878,10 +881,12 @@ def test_nearest_rounding_refuses_options_of_feedback(dense, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("text", ["5", "[]", '"record"', "{", '{"format": 2}', "null"])
-def test_a_record_of_another_form_is_named(text, monkeypatch):
+@pytest.mark.parametrize(
+    "value", ["5", "[]", '"record"', "{", '{"format": 2}', "null", 5, 0, 1.5, True, [1, 2]]
+)
+def test_a_record_of_another_form_is_named(value, monkeypatch):
     monkeypatch.setattr(
-        gguf_result, "open_gguf", lambda path: SimpleNamespace(get=lambda name: text)
+        gguf_result, "open_gguf", lambda path: SimpleNamespace(get=lambda name: value)
     )
     with pytest.raises(ValueError, match=r"x\.gguf is damaged"):
         read_record(Path("x.gguf"))

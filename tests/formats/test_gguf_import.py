@@ -18,6 +18,7 @@ from prunus.evaluation.eval_records import ModelSize
 from prunus.evaluation.inspection import stored_size
 from prunus.formats.gguf.file import open_gguf
 from prunus.formats.gguf.import_checkpoint import import_gguf
+from prunus.model.checkpoint.files import holds_figures
 from prunus.model.tokenizer import token_ids as token_ids_of
 from refusals import assert_refused
 from tiny import tree
@@ -72,6 +73,8 @@ def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
         "chat_template": True,
         "bytes": sum((out / name).stat().st_size for name in summary["files"]),
     }
+    (tmp_path / "figures.json").write_text(json.dumps(summary))
+    assert holds_figures(tmp_path / "figures.json")
     assert len(lines) == 4
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
     modes = {path.stat().st_mode for path in out.iterdir()}
@@ -287,7 +290,7 @@ def test_overwrite_replaces_what_an_import_wrote_and_nothing_else(tiny_gguf, tmp
     import_gguf(tiny_gguf, out)
     assert tree(out) == expected
     (out / "precious.txt").write_text("keep me")
-    message = r"files that no import wrote \(precious\.txt\)"
+    message = r"files that prunus import did not write \(precious\.txt\)"
     assert_refused(FileExistsError, message, import_gguf, tiny_gguf, out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
 
@@ -371,7 +374,7 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
     (tmp_path / "file").write_text("keep me")
     before = tree(tmp_path)
     with pytest.raises(
-        FileExistsError, match=r"no import wrote \(precious\.txt\); it is left as it is"
+        FileExistsError, match=r"no result of prunus import \(precious\.txt\); it is left as it is"
     ):
         import_gguf(tiny_gguf, tmp_path / "full")
     with pytest.raises(FileExistsError, match="exists and is not a folder"):

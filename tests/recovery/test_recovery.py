@@ -25,6 +25,7 @@ from prunus.calibration.training_text import training_text as windows
 from prunus.calibration.windows import WindowRequest
 from prunus.evaluation.inspection import inspect
 from prunus.model.adapter import merge_adapter
+from prunus.model.checkpoint.files import holds_figures
 from prunus.model.experts import Experts, find_fused_experts, split_loaded_experts
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
@@ -347,6 +348,7 @@ def test_recover_shows_its_figures_and_writes_them_as_json(dense, pruned, text, 
     assert "the result" in result.stdout
     shown = " ".join(result.stdout.split())  # the lines below a table are wrapped to its width
     assert "compared weight by weight" in shown
+    assert holds_figures(figures) and not holds_figures(out / RecoveryRecord.FILE)
     record = json.loads(figures.read_text())
     assert record == json.loads((out / RecoveryRecord.FILE).read_text())
     assert f"{record['totals']['zeros']:,} of {record['totals']['weights']:,}" in shown

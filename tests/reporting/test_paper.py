@@ -152,7 +152,7 @@ def test_hostile_names_are_text_in_latex_and_in_spreadsheets(tmp_path, run):
 def test_the_charts_of_a_sweep_are_a_figure_of_the_same_bytes(swept, tmp_path, ending, begin):
     pytest.importorskip("matplotlib")
     files = [tmp_path / f"{name}.{ending}" for name in "ab"]
-    for file in files:
+    for file in (*files, files[0]):  # it replaces a figure of its own
         call("report", swept, "-o", file)
     assert files[0].read_bytes().startswith(begin)
     assert files[0].read_bytes() == files[1].read_bytes()

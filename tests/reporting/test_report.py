@@ -303,6 +303,8 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
         report([run], title="My run")
     )
     assert "self_attn.q_proj" in call("report", run).stdout
+    for name in ("new/r.html", "r.md", "r.csv", "r.csv", "r.tex", "r.tex"):
+        call("report", run, "-o", tmp_path / name, "--json", tmp_path / "r.json")
 
 
 # --- imports ---

@@ -24,6 +24,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.eval_records import PerplexityResult
 from prunus.evaluation.inspection import stored_size
+from prunus.model.checkpoint.files import holds_figures
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sweep_section import sweep_section
@@ -672,6 +673,7 @@ def test_the_command_checks_runs_and_shows(dense, tmp_path):
     result = call("sweep", file, out, "--json", tmp_path / "copy.json")
     assert "dense-magnitude-0.5" in result.stdout
     assert "perplexity on python-docs" in result.stderr
+    assert holds_figures(tmp_path / "copy.json") and not holds_figures(out / "results.json")
     assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(
         (out / "results.json").read_text()
     )

@@ -50,7 +50,9 @@ def import_(
         Literal["bfloat16", "float16", "float32"],
         opt("Store weights in bfloat16, float16 or float32. Default: bfloat16.", "DTYPE"),
     ] = "bfloat16",
-    overwrite: Annotated[bool, opt("Replace DEST.", names=("--overwrite",))] = False,
+    overwrite: Annotated[
+        bool, opt("Replace an earlier import in DEST.", names=("--overwrite",))
+    ] = False,
 ) -> None:
     """Turn a GGUF file into a Hugging Face checkpoint.
 

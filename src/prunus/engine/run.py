@@ -270,10 +270,11 @@ def run_verb(
                 else:
                     # What the folder holds decides what is done: no other run changes it any more.
                     earlier = stack.enter_context(held(command.KIND, result.folder, find))
-            except OtherRunError:
+            except FileExistsError as fault:
                 # What is wrong with the options comes first, and what is in the folder after that.
-                # Other ranks hear of the folder alone, and would not join a plan.
-                if ranks().size == 1:
+                # No model is downloaded for it. Other ranks would not join: they hear of an error.
+                is_here = isinstance(fault, OtherRunError) or Path(command.model_name).exists()
+                if is_here and ranks().size == 1:
                     command.plan(session)
                 raise
         record: Any = earlier

@@ -263,7 +263,7 @@ def test_an_import_replaces_what_another_run_finished_only_if_it_may(
         assert os.listdir(tmp_path) == ["out"]
     prune = verbs(material)["prune"][0]
     between_look_and_lock(prune, out)
-    with pytest.raises(FileExistsError, match="files that no import wrote"):
+    with pytest.raises(FileExistsError, match="holds no result of prunus import"):
         import_gguf(file, out, overwrite=True)
     assert (out / "prunus.json").exists()
     shutil.rmtree(out)

@@ -82,10 +82,11 @@ def read_record(path: Path) -> CompressionRecord | None:
     Raises:
         ValueError: The file or its record is damaged.
     """
-    content = open_gguf(path).get(RECORD_FIELD, "")
+    content = open_gguf(path).get(RECORD_FIELD)
+    # A record that was too long for its place is blank.
+    if content is None or (isinstance(content, str) and not content.strip()):
+        return None
     if isinstance(content, str):
-        if not content.strip():  # it was too long for its place
-            return None
         try:
             content = json.loads(content)
         except (ValueError, RecursionError) as fault:

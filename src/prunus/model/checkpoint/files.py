@@ -266,15 +266,15 @@ def check_file_place(
         ValueError, OSError: No file of this name can be made; see `check_place`.
     """
     check_place(path)
-    if any(isinstance(x, str | Path) and Path(x).resolve() == path.resolve() for x in others):
-        raise FileExistsError(
-            f"{path} is named twice in this command, which reads or writes it as something else; "
-            "choose another name"
-        )
     if os.path.lexists(path) and not (path.is_file() and (not path.stat().st_size or is_own(path))):
         raise FileExistsError(
             f"{path} exists and was not written by this command; it is left as it is. Move it "
             "away, or choose another name"
+        )
+    if any(isinstance(x, str | Path) and Path(x).resolve() == path.resolve() for x in others):
+        raise FileExistsError(
+            f"{path} is named twice in this command, which reads or writes it as something else; "
+            "choose another name"
         )
 
 

@@ -121,14 +121,15 @@ def holds_result(
     """
     if is_vacant(output):
         return False
-    names = sorted(x.name for x in output.iterdir() if not x.name.endswith(TEMPORARY_SUFFIX))
+    names = sorted({x.name for x in output.iterdir()} - {LOCK_NAME})
+    names = [name for name in names if not name.endswith(TEMPORARY_SUFFIX)]
     if is_own := record in names:
         if written is None:
             names = [x for x in names if x.endswith(".safetensors") and not _WEIGHTS.fullmatch(x)]
             # A record that is damaged may be overwritten too.
             with contextlib.suppress(ValueError):
                 written = recorded_digests(output)
-        known = {record, LOCK_NAME, *(written or ())}
+        known = {record, *(written or ())}
         names = [name for name in names if name not in known] if overwrite else []
     if names:
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
