@@ -99,9 +99,9 @@ def dense(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def interruptible():
-    """A test and the processes that it starts end on Ctrl-C, even if this one is a background plan.
+    """A test and the processes that it starts end on Ctrl-C, even if this one is a background job.
 
-    A shell's background plans ignore Ctrl-C, and so do the processes that they start.
+    A shell's background jobs ignore Ctrl-C, and so do the processes that they start.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

@@ -1,7 +1,7 @@
 """What `prunus eval --reference` measures: each metric is one entry of `METRICS`. Imports no torch.
 
 An entry says how a metric is computed, what it is called and how it is shown. Its figures are
-fields of `records.Divergence`, so a new metric is an entry here and a field there.
+fields of `eval_records.Divergence`, so a new metric is an entry here and a field there.
 
 Perplexity looks at the probability of one token per position, and pruning can raise some of these
 while it lowers others. The Kullback-Leibler divergence compares all probabilities; see

@@ -1,7 +1,8 @@
 """The types of GGUF that prunus writes: their values, their bytes, and their numbers.
 
-A new type is one entry of `TYPES`. The layouts are those of ggml (github.com/ggml-org/ggml,
-ggml-common.h), and the tests decode them with the package `gguf` as well.
+A new type is one entry of `_ALL`, from which `TYPES` follows. The layouts are those of ggml
+(github.com/ggml-org/ggml, ggml-common.h), and the tests decode them with the package `gguf` as
+well.
 """
 
 from __future__ import annotations
