@@ -143,7 +143,8 @@ def test_an_output_replaces_no_file_of_another_kind(wanda, tmp_path, monkeypatch
         with pytest.raises(FileExistsError, match="was not written by this command; it is left"):
             work()
         assert tree(tmp_path) == before
-    for file in ("config.json", "../x.gguf", "prunus.json"):
+    (tmp_path / "results.json").write_text("5")
+    for file in ("config.json", "../x.gguf", "prunus.json", "../results.json"):
         before = tree(tmp_path)
         said = call("inspect", ".", "--json", file, status=2).stderr
         assert "was not written by this command" in said and tree(tmp_path) == before

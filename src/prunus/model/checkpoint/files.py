@@ -293,11 +293,10 @@ def holds_figures(path: Path) -> bool:
     def is_figures(text: bytes) -> bool:
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(text)
-            is_record = path.name in RECORD_FILES or (
-                path.name == SWEEP_FILE and "cells" in content
-            )
-            is_object = isinstance(content, dict) and not is_record
-            return is_object and any(keys <= content.keys() for keys in _FIGURES)
+            if not isinstance(content, dict) or path.name in RECORD_FILES:
+                return False
+            is_sweep = path.name == SWEEP_FILE and "cells" in content
+            return not is_sweep and any(keys <= content.keys() for keys in _FIGURES)
         return False
 
     return has_content(is_figures)(path)
