@@ -29,8 +29,8 @@ MODULES = {
 #: The rooms from the bottom to the top. A room may import only from rooms before it in this list.
 ROOMS = [
     "words", "document", "kernels", "hardware", "distributed", "model", "options", "methods",
-    "calibration", "engine", "rounding", "formats", "pruning", "compression", "structure",
-    "recovery", "evaluation", "sweeping", "reporting", "cli", "__main__", "__init__",
+    "calibration", "engine", "training", "rounding", "formats", "pruning", "compression",
+    "structure", "recovery", "evaluation", "sweeping", "reporting", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 #: Library -> the only rooms that may import it. What is not here may be imported by all.

@@ -35,7 +35,6 @@ from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.training import Step
 from prunus.reporting.console import (
     TerminalConsole,
     printable,
@@ -46,6 +45,7 @@ from prunus.reporting.console import (
 )
 from prunus.reporting.page import to_markdown
 from prunus.reporting.tables import plan_facts
+from prunus.training.loop import Step
 from recovery_cases import training_text
 from tiny import shards, tiny_checkpoint, token_ids, tree
 from tiny_tokenizer import dense_checkpoint

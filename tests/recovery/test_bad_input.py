@@ -14,7 +14,7 @@ from changes import swap_two_tokens
 from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.loading import load_model
-from prunus.recovery import training
+from prunus.recovery import learner
 from prunus.recovery.recovery_plan import default_mode
 from prunus.recovery.recovery_record import RecoveryRecord
 from prunus.recovery.trainable import check_zeros
@@ -115,13 +115,13 @@ def test_peft_that_is_not_installed_is_named_with_its_extra(pruned, text, tmp_pa
 
 def nan_after(monkeypatch, calls):
     """Make the training loss NaN after some calls; calls for held-out windows do not count."""
-    real, seen = training.next_token_loss, itertools.count()
+    real, seen = learner.next_token_loss, itertools.count()
 
     def loss(*arguments):
         ends = torch.is_grad_enabled() and next(seen) >= calls
         return real(*arguments) * (math.nan if ends else 1)
 
-    monkeypatch.setattr(training, "next_token_loss", loss)
+    monkeypatch.setattr(learner, "next_token_loss", loss)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(

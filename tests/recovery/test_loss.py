@@ -10,8 +10,8 @@ from torch.nn import functional
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import WindowRequest
 from prunus.engine.reconstruction.train import learning_rate
-from prunus.recovery import training
-from prunus.recovery.training import next_token_loss
+from prunus.training import loss as training
+from prunus.training.loss import next_token_loss
 from tiny_tokenizer import EOS, byte_tokenizer
 
 

@@ -31,12 +31,13 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
-from prunus.recovery import training
+from prunus.recovery import learner
 from prunus.recovery.recovery_record import RecoveryRecord
-from prunus.recovery.training import Step
 from prunus.reporting.console import show_recovery
 from prunus.structure.shrink import shrink
 from prunus.structure.structure_record import StructureRecord
+from prunus.training import loop
+from prunus.training.loop import Step
 from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards, stop_at
 from stopping import assert_resumes
 from tiny import EXPERT_FAMILIES, stored, tiny_model, token_ids, weights
@@ -192,7 +193,7 @@ def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned,
 def test_a_budget_in_minutes_ends(pruned, text, tmp_path, monkeypatch):
     """By a clock that advances 50 ms whenever it is read."""
     seconds = itertools.count(step=0.05)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     short = {key: value for key, value in SHORT.items() if key != "tokens"}
     out = tmp_path / "out"
     record = prunus.recover(pruned, out, "lora", text=str(text), minutes=0.1, **short)
@@ -204,7 +205,7 @@ def test_a_budget_in_minutes_ends(pruned, text, tmp_path, monkeypatch):
 
 def test_the_result_has_the_weights_of_the_best_evaluation(pruned, text, tmp_path, monkeypatch):
     losses = iter([3.0, 3.5, 2.9, 3.3, 3.2])
-    monkeypatch.setattr(training.Training, "held_out_loss", lambda _: next(losses))
+    monkeypatch.setattr(learner.ModelLearner, "held_out_loss", lambda _: next(losses))
     out, kept = tmp_path / "out", {}
 
     def keep(_):

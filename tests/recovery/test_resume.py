@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from changes import edit_json, edit_tensors
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
-from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.recovery_record import Evaluation
+from prunus.training.checkpoints import Checkpoints, TrainingState
 from recovery_cases import recover, shards, stop_at
 from refusals import assert_refused
 from scripts import run_script

@@ -6,7 +6,7 @@ from typing import Any
 
 import prunus
 from prunus.recovery.recovery_record import RecoveryRecord
-from prunus.recovery.training import Step
+from prunus.training.loop import Step
 from stopping import StopError
 from tiny import shards, token_ids  # noqa: F401
 from tiny_tokenizer import dense_checkpoint  # noqa: F401

@@ -41,7 +41,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.checkpoints import Checkpoints
+from prunus.recovery.learner import ModelLearner
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
 from prunus.recovery.recovery_plan import (
     RecoveryPlan,
@@ -52,8 +52,9 @@ from prunus.recovery.recovery_plan import (
 from prunus.recovery.recovery_record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.student import base_name, load_student, load_teacher
 from prunus.recovery.trainable import Trainable, check_zeros
-from prunus.recovery.training import Step, Training
 from prunus.structure.structure_record import StructureRecord
+from prunus.training.checkpoints import Checkpoints
+from prunus.training.loop import Schedule, Step, Training
 
 # Options of other runs. A whole model is trained, as transformers defines it.
 _NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code", "measure_error")
@@ -90,7 +91,7 @@ def recover(
         teacher: Folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
-            is called after every step and evaluation with a `prunus.recovery.training.Step`.
+            is called after every step and evaluation with a `prunus.training.loop.Step`.
         announce: Called with what is being prepared before the first step.
 
     Returns:
@@ -193,9 +194,17 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
             for name in ("config.json", CONFIG_NAME):
                 remove(output / name)
         checkpoints = Checkpoints(output)
-        training = Training(
-            student, run.windows, recipe, plan.dtype, dense, checkpoints, run.session.step
+        learner = ModelLearner(student, run.windows, recipe, plan.dtype, dense)
+        schedule = Schedule(
+            tokens=recipe.budget_tokens,
+            minutes=recipe.minutes,
+            step_tokens=recipe.batch * recipe.seqlen,
+            rate=recipe.peak_rate(student.weight_rms),
+            warmup=recipe.warmup,
+            evaluations=recipe.evaluations,
+            weight_decay=recipe.weight_decay,
         )
+        training = Training(learner, schedule, checkpoints, run.session.step)
         state = training.run()
         best = state.evaluations[state.best]
         record.evaluations, record.best = state.evaluations, state.best
@@ -206,7 +215,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
             "trained_parameters": student.trained,
             "added_parameters": added,
             "added_share": added / size,
-            "peak_learning_rate": recipe.peak_rate(student.weight_rms),
+            "peak_learning_rate": schedule.rate,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 2),
             "held_out_perplexity_before": state.evaluations[0].perplexity,

@@ -2,39 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field
 
 from prunus.engine.run_record import RecordPart, RunInputs, RunRecord, UsedBos
 from prunus.recovery.recovery_options import RecoveryOptions
-
-
-class Evaluation(RecordPart):
-    """One evaluation of the held-out windows."""
-
-    #: Steps of the optimizer before it.
-    step: int
-    #: Tokens trained on before it.
-    tokens: int
-    #: Seconds of training and evaluations before it, over all attempts.
-    seconds: float
-    #: Mean training loss since the previous evaluation; None at the start.
-    training_loss: float | None
-    #: Mean next-token cross entropy in nats per token. It is the cross entropy with the text even
-    #: if the training minimises something else.
-    held_out_loss: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the held-out loss; infinite if that overflows a float.
-
-        >>> Evaluation(
-        ...     step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=0.0
-        ... ).perplexity
-        1.0
-        """
-        return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
+from prunus.training.evaluation import Evaluation
 
 
 class LinearMask(RecordPart):

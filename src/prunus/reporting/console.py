@@ -30,7 +30,7 @@ from prunus.engine.progress import (
 )
 
 if TYPE_CHECKING:
-    from prunus.recovery.training import Step as RecoveryStep
+    from prunus.training.loop import Step as RecoveryStep
 
 # Control characters other than tab and newline, marks that reorder text, and lone surrogates, which
 # stand for the bytes of a file name that is not UTF-8 and cannot be encoded.

@@ -21,7 +21,7 @@ from prunus.distributed import is_rank_0
 from prunus.engine.run_record import RecordPart
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import save_safetensors
-from prunus.recovery.recovery_record import Evaluation
+from prunus.training.evaluation import Evaluation
 from prunus.words import reason
 
 _STATE_NAME = "training.safetensors"
