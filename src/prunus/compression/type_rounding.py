@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prunus.compression.tuning import tune
 from prunus.distributed import on_rank_0, tensors_from_rank_0
 from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.folder import ResultFolder
@@ -120,7 +121,8 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
     # is tied to it has errors of its own, which must be known too.
     corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
     changes = bool(size_plan.outside or size_plan.left_out)
-    return Rounding(round_as, encode, decode, outside if changes else None, corrects)
+    tuning = functools.partial(tune, run, codec, choice) if record.recipe.tune else None
+    return Rounding(round_as, encode, decode, outside if changes else None, corrects, tuning)
 
 
 def _measured_once(

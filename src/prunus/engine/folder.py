@@ -28,8 +28,10 @@ from prunus.model.checkpoint.files import (
     RECORD_FILES,
     TEMPORARY_SUFFIX,
     check_shard,
+    file_digest,
     fsync_folder,
     make_folder,
+    move_file,
     remove,
     remove_temporaries,
     write_json,
@@ -221,6 +223,9 @@ class ResultFolder:
         make_folder(folder)
         for name, expected in record.sha256.items():
             if (folder / name).exists():
+                replacement = record.replacing.get(name)
+                if replacement is not None and file_digest(folder / name) == replacement:
+                    record.sha256[name] = expected = replacement
                 remedy = "remove it, and the same command makes it again"
                 check_shard(folder / name, expected, remedy)
         # The record claims the folder first. Then the index is removed, so that the rest of an
@@ -257,6 +262,21 @@ class ResultFolder:
         if self.source is not None:
             self.source.check_unchanged()
         self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
+
+    def replace_shard(self, name: str, tensors: Mapping[str, Writable]) -> None:
+        """Replace a finished shard; a kill leaves the one or the other, and the record knows both.
+
+        Args:
+            name: File name of the shard.
+            tensors: What takes the place of its tensors.
+        """
+        new = self.folder / f"{name}{TEMPORARY_SUFFIX}"
+        self.record.replacing = {name: save_safetensors(new, tensors)}
+        self.save()
+        move_file(new, self.folder / name, replaces=True)
+        self.record.sha256 |= self.record.replacing
+        self.record.replacing = {}
+        self.save()
 
     def finish(
         self,

@@ -35,6 +35,8 @@ class Rounding:
         outside: From the tensors outside the blocks by stored name, and the inputs of the output
             head, to the tensors of their shard; None where they stay as they are.
         needs_head: Whether `outside` needs those inputs; it gets None otherwise.
+        tune: Trains what rounding leaves open, when all shards are written; None leaves them as
+            they are.
     """
 
     of: LinearRounding
@@ -42,6 +44,7 @@ class Rounding:
     decode: Callable[[str, dict[str, torch.Tensor]], torch.Tensor]
     outside: Callable[[dict[str, Writable], InputStatistics | None], dict[str, Writable]] | None
     needs_head: bool
+    tune: Callable[[ShardFolder], None] | None = None
 
 
 class InPlaceOutput:
@@ -115,6 +118,8 @@ class ShardFolder(BlockFolder):
 
         def finish() -> None:
             self.write_outside(changed, head)
+            if self.rounding is not None and self.rounding.tune is not None:
+                self.rounding.tune(self)
             self.result.finish(self, self.plan)
             remove(self.folder / MEASUREMENT)
 
@@ -132,7 +137,11 @@ class ShardFolder(BlockFolder):
     def restored(self, position: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block by relative name, with quantised linears dense again."""
         shard = Checkpoint(self.folder, only=[self.record.shard(position)])
-        tensors, block = dict(shard.read(shard.tensors)), self.record.blocks[position]
+        return self.dense(position, dict(shard.read(shard.tensors)))
+
+    def dense(self, position: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same from the tensors of the shard, which lose those of quantised linears."""
+        block = self.record.blocks[position]
         for linear in block.linears if self.rounding is not None else ():
             assert self.rounding is not None
             name = f"{block.name}.{linear}"

@@ -183,6 +183,8 @@ class RunRecord(RecordPart):
         hardware: What the run computes on; see `describe_hardware`.
         sha256: File name of a finished shard -> SHA-256 of its bytes.
         totals: Figures of the whole run; empty before it is finished.
+        replacing: File name of a finished shard -> SHA-256 of the bytes that are about to take its
+            place; empty at all other times.
     """
 
     FILE: ClassVar[str]
@@ -197,6 +199,7 @@ class RunRecord(RecordPart):
     hardware: dict[str, Any] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
+    replacing: dict[str, str] = Field(default_factory=dict, exclude_if=lambda x: not x)
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""

@@ -92,10 +92,7 @@ def calibration_windows(plan: RunPlan) -> Windows:
     if not plan.needs_inputs:
         nothing = torch.zeros((0, recipe.seqlen), dtype=torch.int64)
         return Windows(nothing, "none: the method looks at weights only", hash_ids(nothing))
-    wanted = dataclasses.replace(
-        _wanted(recipe, plan.options), tokenizer=lambda: run_tokenizer(plan)
-    )
-    windows = windows_source(recipe, plan.options).draw(wanted)
+    windows = windows_source(recipe, plan.options).draw(window_request(plan))
     if plan.skeleton.kind is IMAGES:
         channels = plan.skeleton.model.config.num_channels
         if windows.ids.dim() != 4 or windows.ids.shape[1] != channels:
@@ -107,6 +104,12 @@ def calibration_windows(plan: RunPlan) -> Windows:
     rows = plan.skeleton.model.get_input_embeddings().weight.shape[0]
     check_ids(windows.ids, rows, "the calibration token ids")
     return windows
+
+
+def window_request(plan: RunPlan) -> WindowRequest:
+    """What the windows of a run must be, with the tokenizer of its model."""
+    wanted = _wanted(plan.recipe, plan.options)
+    return dataclasses.replace(wanted, tokenizer=lambda: run_tokenizer(plan))
 
 
 def windows_source(recipe: WindowOptions, options: RunOptions) -> WindowSource:

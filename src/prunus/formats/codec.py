@@ -8,7 +8,7 @@ format" follows one. Which codec an output gets, `codec_for` says by the table o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +80,30 @@ class Codec(ABC):
             tensors: The tensors of the shard, from which those of this weight are removed.
             quantizer: The type of the weight.
         """
+
+    @classmethod
+    def scales(cls, key: str) -> Sequence[str]:
+        """The names of the stored scales and biases (O, S) of the weight `key`."""
+        raise NotImplementedError
+
+    @classmethod
+    def rescale(
+        cls,
+        key: str,
+        tensors: dict[str, torch.Tensor],
+        quantizer: GroupQuantizer,
+        factor_OS: torch.Tensor,
+    ) -> None:
+        """Multiply the scales of a stored weight, and round them as they are stored.
+
+        Args:
+            key: The name under which the source stores the weight.
+            tensors: The tensors of the shard, of which those of the scales are replaced.
+            quantizer: The type of the weight.
+            factor_OS: float32, a factor for each span of each row.
+        """
+        for name in cls.scales(key):
+            tensors[name] = (tensors[name].float() * factor_OS).to(tensors[name].dtype)
 
     # How a result is read, another program's too.
 

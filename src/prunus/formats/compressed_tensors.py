@@ -218,6 +218,11 @@ class TensorsCodec(Codec):
         scale_OS = scale_OS.view(quantizer.dtype).float() / factor
         return scaled(packed, bits, scale_OS, torch.zeros_like(scale_OS), FP4_BY_CODE)
 
+    @classmethod
+    def scales(cls, key: str) -> Sequence[str]:
+        """The scales; a weight has no others."""
+        return (f"{key}_scale",)
+
 
 def _joined(given: Given, splits: bool) -> list[list[str]]:
     """The linears that are compressed; those that programs join are together.

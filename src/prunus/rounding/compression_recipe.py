@@ -14,7 +14,7 @@ from pydantic import SerializerFunctionWrapHandler, field_validator, model_seria
 from prunus.engine.linear_options import LinearOptions
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
-from prunus.options import Option, Range, one_of
+from prunus.options import Option, Range, at_least, one_of
 from prunus.rounding.llama_cpp import (
     PRESETS,
     SPEEDS,
@@ -50,6 +50,7 @@ class CompressionRecipe(LinearOptions):
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
             presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
             least loss, however fast it decodes.
+        tune: The tokens on which scales and norms are trained after the last block; 0 for none.
         dense_weight: α, see `methods/dense_targets.py`.
 
     Raises:
@@ -145,6 +146,15 @@ class CompressionRecipe(LinearOptions):
             suggestions=lambda: SPEEDS,
         ),
     ] = None
+    tune: Annotated[
+        int,
+        Option(
+            "Train scales and norms of the rounded model on N tokens, towards the dense model. It "
+            "takes no bytes; 0 trains nothing.",
+            metavar="N",
+            within=at_least(0, " tokens"),
+        ),
+    ] = 0
     # The figures behind these defaults are in docs/results/index.md.
     dense_weight: DenseWeight = 0.25
 
@@ -236,7 +246,7 @@ class CompressionRecipe(LinearOptions):
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The default format is not named: a file has another one.
         default = {"format"} if self.format == type(self).model_fields["format"].default else set()
-        unused = self.unused | default
+        unused = self.unused | default | (set() if self.tune else {"tune"})
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 

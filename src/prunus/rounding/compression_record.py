@@ -11,6 +11,7 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.llama_cpp_losses import models_of, place
+from prunus.training.evaluation import Evaluation
 from prunus.words import in_bytes
 
 
@@ -53,6 +54,52 @@ class FileSize(RecordPart):
 CHECKED = ("kl", "kl_stderr", "same_top", "windows", "seqlen")
 
 
+class TuningRecord(RecordPart):
+    """What the training of scales did; see `compression/tuning.py`.
+
+    Attributes:
+        tokens: The tokens that it trains on.
+        rate: Its peak learning rate.
+        factors: How many numbers were trained; 0 before its end.
+        evaluations: Divergence from the dense model on held-out windows; the first one is from
+            before the training.
+        best: Position in `evaluations` of the state that was taken; 0 for none.
+        stored_loss: The divergence with what was learnt rounded as it is stored; None before the
+            end.
+        before: File name of a shard -> its SHA-256 before the training, while shards are written.
+    """
+
+    tokens: int
+    rate: float
+    factors: int = 0
+    evaluations: list[Evaluation] = Field(default_factory=list)
+    best: int = 0
+    stored_loss: float | None = None
+    before: dict[str, str] = Field(default_factory=dict, exclude_if=lambda x: not x)
+
+    @property
+    def helps(self) -> bool:
+        """Whether the result is better with what was learnt."""
+        if self.stored_loss is None or not self.evaluations:
+            return False
+        return self.best > 0 and self.stored_loss < self.evaluations[0].held_out_loss
+
+    def sentence(self) -> str:
+        """What it did, for people."""
+        if self.stored_loss is None:
+            return "The training of scales is not finished."
+        before = self.evaluations[0].held_out_loss
+        if not self.helps:
+            return (
+                f"Training scales and norms on {self.tokens:,} tokens did not lower the divergence "
+                f"of {before:.4f} on held-out windows, so the weights stay as they were rounded."
+            )
+        return (
+            f"Scales and norms were trained on {self.tokens:,} tokens: the divergence from the "
+            f"dense model on held-out windows fell from {before:.4f} to {self.stored_loss:.4f}."
+        )
+
+
 def unmatched_sentences(unmatched: Mapping[str, Iterable[str]]) -> list[str]:
     """What a template and its checkpoint do not have in common, for people.
 
@@ -78,6 +125,7 @@ class CompressionRecord(LinearsRecord):
             two has, in GGUF files with a template. Those of the template are copied. Numbers in
             names of the checkpoint are replaced by N. "config.json" -> its options of which prunus
             does not know whether llama.cpp computes them.
+        tuning: The training of scales; None without one, or before it.
         size: Of the result; None before the end of the run.
         check: Text -> how far the result is from the dense model, the figures of `CHECKED`, and the
             `architecture` of the model in llama.cpp's words; empty where that was not scored.
@@ -90,6 +138,7 @@ class CompressionRecord(LinearsRecord):
     types: dict[str, str] = Field(default_factory=dict)
     unmatched: dict[str, list[str]] = Field(default_factory=dict)
     size: FileSize | None = None
+    tuning: TuningRecord | None = Field(default=None, exclude_if=lambda x: x is None)
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def check_sentences(self) -> list[str]:
@@ -128,6 +177,7 @@ class CompressionRecord(LinearsRecord):
         return [
             *([words] if kept else []),
             *(self.size.sentences(totals.get("bits")) if self.size else []),
+            *([self.tuning.sentence()] if self.tuning else []),
             *self.check_sentences(),
             *unmatched_sentences(self.unmatched),
             *super()._notes(totals),

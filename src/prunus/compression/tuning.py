@@ -1,0 +1,438 @@
+"""After the last block: scales and norms of a rounded model learn from the dense one.
+
+The integers of all weights stay as they are. Each scale is multiplied by a factor, which takes no
+bytes, and norms and biases change too. They are trained to lower the Kullback-Leibler divergence
+of the next-token distributions from those of the dense model:
+
+    dense model    ► the last hidden states of all windows, stored once
+    rounded model  ► for each step: forward block by block ► loss ► backward block by block
+
+Only the inputs of the blocks are kept between the two ways of a step, as in gradient checkpointing.
+Blocks are decoded from the shards of the result when their turn comes, and stay in memory if they
+all fit. So a model whose result fits in memory can be trained, whatever its checkpoint takes.
+
+The rate is proportional to the divergence before the training (`_RATE`): the errors of scales are
+about as large as those of weights, whose squares the divergence grows with.
+
+Shape suffixes: W windows, S tokens per window; O outputs (rows), I inputs, F factors of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prunus.calibration.training_text import TrainingText, training_text
+from prunus.engine.linear_plan import LinearPlan
+from prunus.engine.output import ShardFolder
+from prunus.engine.progress import PREPARATION, Progress
+from prunus.engine.run import Run
+from prunus.engine.run_windows import window_request
+from prunus.formats.codec import Codec
+from prunus.hardware.machine import available_memory, peak_memory
+from prunus.hardware.numerics import multiplies_bfloat16
+from prunus.model.checkpoint.files import remove
+from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
+from prunus.model.skeleton import Skeleton
+from prunus.model.stream import Stream
+from prunus.rounding.compression_record import CompressionRecord, TuningRecord
+from prunus.rounding.type_choice import TypeChoice
+from prunus.training.checkpoints import Checkpoints
+from prunus.training.loop import Learner, Schedule, Step, Training
+from prunus.training.loss import next_token_loss
+
+# The tokens of a step, if windows are not longer.
+_STEP_TOKENS = 512
+# The windows that are held out, to choose among the states of the training.
+_HELD_OUT = 16
+# The peak rate of the logarithms of factors, in units of the divergence before the training.
+_RATE = 0.005
+# The most columns that have a factor of their own: more factors learn more noise.
+_COLUMNS = 256
+# The share of free memory that decoded blocks may take, so that they are decoded only once, and
+# the share that hidden states may take.
+_DECODED_SHARE, _STATES_SHARE = 0.5, 0.2
+# The file that keeps what was learnt while the shards are written.
+_LEARNT = "tuned.safetensors"
+
+
+def tune(
+    run: Run[LinearPlan, CompressionRecord],
+    codec: type[Codec],
+    choice: TypeChoice,
+    folder: ShardFolder,
+) -> None:
+    """Train scales, norms and biases of all shards of a run, and write what lowers the loss.
+
+    A killed run continues from the last evaluation, to the same bytes.
+
+    Args:
+        run: The run, whose record takes note of the training.
+        codec: The format of the result.
+        choice: The type of each weight.
+        folder: The shards, all of which are written.
+    """
+    record, checkpoints = run.record, Checkpoints(folder.folder)
+    shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
+    if not path.exists():
+        with _RoundedLearner.of(run, shards) as learner:
+            if record.tuning is None:
+                rate = _RATE * learner.held_out_loss()
+                record.tuning = TuningRecord(tokens=run.record.recipe.tune, rate=rate)
+                folder.save()
+            schedule = Schedule(
+                tokens=record.tuning.tokens,
+                step_tokens=learner.text.held_out[: learner.batch].numel(),
+                rate=record.tuning.rate,
+                warmup=0.1,
+                betas=(0.9, 0.95),
+            )
+            state = Training(learner, schedule, checkpoints, learner.report).run()
+            tuning = record.tuning
+            tuning.evaluations, tuning.best = state.evaluations, state.best
+            tuning.stored_loss = learner.stored_loss()
+            tuning.factors = sum(x.numel() for x in learner.parameters.values())
+            if tuning.helps:
+                tuning.before = dict(record.sha256)
+            save_safetensors(path, {name: x.detach() for name, x in learner.parameters.items()})
+            folder.save()
+    assert record.tuning is not None
+    run.session.tell(record.tuning.sentence())
+    learnt = load_file(path)
+    for name, digest in record.tuning.before.items():
+        if record.sha256[name] == digest:
+            folder.replace_shard(name, shards.tuned(name, learnt))
+    record.tuning.before = {}
+    folder.save()
+    checkpoints.clear()
+    remove(path)
+
+
+class _Shards:
+    """The rounded model in the shards of a run: a `WeightSource` of dense weights.
+
+    Attributes:
+        factors: Full name of each weight whose scales are trained -> the shape of its factors.
+        vectors: Names of the norms and biases that are trained -> their lengths.
+    """
+
+    def __init__(
+        self, plan: LinearPlan, codec: type[Codec], choice: TypeChoice, folder: ShardFolder
+    ) -> None:
+        self.plan, self.codec, self.folder, self.choice = plan, codec, folder, choice
+        self.source, self.record = plan.checkpoint, folder.record
+        self.config, self.fingerprint = self.source.config, self.source.fingerprint
+        self.stored_dtype = self.source.stored_dtype
+        self.factors: dict[str, tuple[int, int]] = {}
+        for block in self.record.blocks:
+            for linear, what in block.linears.items():
+                quantizer = choice.quantizers[f"{block.name}.{linear}"]
+                if not quantizer.has_coarse_scale:
+                    spans = what.shape[1] // quantizer.span
+                    shared = max(
+                        x
+                        for x in range(1, spans + 1)
+                        if spans % x == 0 and (x == 1 or x * quantizer.span <= _COLUMNS)
+                    )
+                    self.factors[f"{block.name}.{linear}.weight"] = (what.shape[0], spans // shared)
+        self.vectors = {
+            name: len(x)
+            for name, x in plan.skeleton.model.named_parameters()
+            if x.dim() == 1 and name in self.source.stored
+        }
+
+    def bind(self, skeleton: Skeleton) -> None:
+        """The source is bound already."""
+
+    def block_nbytes(self, index: int) -> int:
+        """Bytes of a block of the source."""
+        return self.source.block_nbytes(index)
+
+    def block(self, index: int, pinned: bool = False) -> dict[str, Tensor]:
+        """The tensors of a block by relative name, with rounded linears dense."""
+        return self.folder.restored(index)
+
+    def tuned_block(self, index: int, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same after the training, as it is stored."""
+        return self.folder.dense(index, self.tuned(self.record.shard(index), learnt))
+
+    def read_outside(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors outside the blocks by the model's names, with embedding and head dense."""
+        tensors, storage = self._read(self.record.outside_shard), self.plan.storage
+        for name in getattr(storage, "outside", ()):
+            key = self.source.weight_key(name)
+            tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
+        stored = {name: self.source.stored[name] for name in names if name in self.source.stored}
+        return {name: tensors[key] for name, key in stored.items()}
+
+    def tuned(self, shard: str, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a shard after the training, as they are stored.
+
+        Args:
+            shard: Its file name.
+            learnt: What was trained, by name in the model.
+        """
+        tensors = self._read(shard)
+        blocks = {self.record.shard(i): f"{x.name}." for i, x in enumerate(self.record.blocks)}
+        for name, change in learnt.items():
+            inside = name.startswith(f"{self.plan.skeleton.path}.")
+            if inside and not name.startswith(blocks.get(shard, " ")):
+                continue
+            if name in self.factors:
+                module = name.removesuffix(".weight")
+                quantizer = self.choice.quantizers[module]
+                key = self.source.weight_key(module)
+                spans = self._columns(module) // quantizer.span
+                factor_OS = change.exp().repeat_interleave(spans // change.shape[1], dim=1)
+                self.codec.rescale(key, tensors, quantizer, factor_OS)
+            elif (key := self.source.stored[name]) in tensors:
+                before = tensors[key].float()
+                tensors[key] = (before + unit_of(before) * change).to(tensors[key].dtype)
+        return tensors
+
+    def _columns(self, module: str) -> int:
+        """The columns of a weight."""
+        return int(self.plan.skeleton.model.get_submodule(module).weight.shape[1])
+
+    def _read(self, shard: str) -> dict[str, Tensor]:
+        opened = Checkpoint(self.folder.folder, only=[shard])
+        return dict(opened.read(opened.tensors))
+
+
+def unit_of(vector: Tensor) -> Tensor:
+    """The unit of changes of a norm or a bias: its root mean square, or 1 where all are zero.
+
+    >>> unit_of(torch.tensor([3.0, -3.0])), unit_of(torch.zeros(2))
+    (tensor(3.), tensor(1.))
+    """
+    rms = vector.square().mean().sqrt()
+    return torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+class _RoundedLearner(Learner):
+    """The rounded model, which learns from the dense one; see the top of this file.
+
+    Args:
+        run: The run.
+        shards: The rounded model.
+        stack: Ends what stays open while the model learns.
+
+    Attributes:
+        parameters: Logarithms of factors (O, F), and changes of norms and biases, all 0 at first.
+        batch: The windows of a step.
+        text: The windows.
+    """
+
+    def __init__(
+        self,
+        run: Run[LinearPlan, CompressionRecord],
+        shards: _Shards,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        plan = self._plan = run.plan
+        self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
+        self.text = _text_of(run)
+        self.batch = max(1, _STEP_TOKENS // self.text.held_out.shape[1])
+        steps = math.ceil(run.record.recipe.tune / (self.batch * self.text.held_out.shape[1]))
+        self._steps = steps
+        self._ids = [self.text.windows(i * self.batch, self.batch) for i in range(steps)]
+        self._ids += self.text.held_out.split(self.batch)
+        self._learnt: Mapping[str, Tensor] | None = None
+        shapes: dict[str, Any] = shards.factors | shards.vectors
+        self.parameters = {
+            name: nn.Parameter(torch.zeros(shape, device=plan.device))
+            for name, shape in shapes.items()
+        }
+        self._decoded: set[int] = set()
+        size = sum(map(shards.block_nbytes, range(len(plan.skeleton))))
+        size = size // plan.source.stored_dtype.itemsize * plan.skeleton.dtype.itemsize
+        self._keeps = size <= _DECODED_SHARE * available_memory()
+        width = plan.skeleton.window_shape(0, 1)[1]
+        states = sum(x.numel() for x in self._ids) * width * plan.skeleton.dtype.itemsize
+        spill_to = run.spill_folder if 2 * states > _STATES_SHARE * available_memory() else None
+        fast = multiplies_bfloat16(plan.device) and plan.skeleton.dtype == torch.float32
+        self._autocast = functools.partial(
+            torch.autocast, plan.device.type, torch.bfloat16, enabled=fast
+        )
+        dense = Stream(plan.skeleton, plan.source, plan.device)
+        self._rounded = Stream(plan.skeleton, shards, plan.device)
+        stack.callback(dense.close)
+        stack.callback(self._rounded.close)
+        blocks = range(len(plan.skeleton))
+        count = run.session.preparing("the dense model's outputs", len(blocks), plan.device)
+        with torch.no_grad(), self._autocast():
+            dense.embed(self._ids, spill_to)
+            for index in blocks:
+                dense.propagate(index, plan.source.block(index))
+                count(1)
+            self._rounded.embed(self._ids, spill_to)
+        self._targets = dense.states
+        self._teacher = Skeleton(
+            plan.source.config, plan.skeleton.dtype, plan.options.trust_remote_code
+        )
+        plan.source.bind(self._teacher)
+        for skeleton, source in ((self._teacher, plan.source), (plan.skeleton, shards)):
+            stack.enter_context(
+                skeleton.outside_blocks(source.read_outside, plan.device, with_head=True)
+            )
+        inside = f"{plan.skeleton.path}."
+        named = dict(plan.skeleton.model.named_parameters())
+        # Norms after the blocks are trained in place, from these values.
+        self._outside = {
+            name: (named[name], named[name].detach().float().clone())
+            for name in shards.vectors
+            if not name.startswith(inside)
+        }
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(
+        cls, run: Run[LinearPlan, CompressionRecord], shards: _Shards
+    ) -> Iterator[_RoundedLearner]:
+        """The learner of a run, with its memory for the length of a `with` block."""
+        with contextlib.ExitStack() as stack:
+            yield cls(run, shards, stack)
+
+    def add_gradients(self, step: int) -> float:
+        """See `Learner`."""
+        with torch.enable_grad():
+            return self._pass(step, learns=True)
+
+    def limit_gradients(self) -> None:
+        """All that is trained may change."""
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean divergence on the held-out windows, in nats per token."""
+        numbers = range(self._steps, len(self._ids))
+        losses = [self._pass(x, learns=False) * len(self._ids[x]) for x in numbers]
+        return sum(losses) / len(self.text.held_out)
+
+    def stored_loss(self) -> float:
+        """The same with what was learnt rounded as it will be stored."""
+        self._learnt = {name: x.detach().cpu() for name, x in self.parameters.items()}
+        self._forget_blocks()
+        loss = self.held_out_loss()
+        self._learnt = None
+        self._forget_blocks()
+        return loss
+
+    def refuse_not_finite(self, loss: float) -> None:
+        """The rounded model is named; its blocks gave finite outputs before."""
+        raise ValueError(f"the divergence of the rounded model is {loss}: leave `tune` out")
+
+    def words(self, loss: float) -> str:
+        """The divergence."""
+        return f"held-out divergence {loss:.4f}"
+
+    def report(self, step: Step) -> None:
+        """Tell the session how far the training is."""
+        left = step.seconds * (1 - step.fraction) / step.fraction if step.fraction else None
+        peak, done = peak_memory(self._plan.device), round(step.fraction * self._steps)
+        what = f"tuning scales, {step.message}"
+        unit = f"{PREPARATION}tuning scales"
+        self._session.tell(Progress(done, self._steps, what, step.seconds, peak, unit, left))
+
+    def _pass(self, number: int, learns: bool) -> float:
+        """The mean divergence on a batch of windows; with `learns`, gradients are added."""
+        for name, (parameter, before) in self._outside.items():
+            change = self.parameters[name].detach()
+            parameter.data = (before + unit_of(before) * change).to(parameter.dtype)
+            parameter.requires_grad_(learns)
+        hidden, inputs = self._rounded.states.get(number), list[Tensor]()
+        for index in range(len(self._skeleton)):
+            inputs.append(hidden)
+            with torch.no_grad(), self._autocast():
+                hidden = self._run(index, hidden)
+        loss, gradient = self._compare(number, hidden, learns)
+        for index in reversed(range(len(self._skeleton)) if learns else ()):
+            hidden = inputs.pop().detach().requires_grad_(index > 0)
+            with self._autocast():
+                output = self._run(index, hidden)
+            output.backward(gradient.to(output.dtype))
+            gradient = hidden.grad if hidden.grad is not None else gradient
+        for name, (parameter, before) in self._outside.items() if learns else ():
+            assert parameter.grad is not None
+            self.parameters[name].grad = parameter.grad.float() * unit_of(before)
+            parameter.grad = None
+        return loss
+
+    def _compare(self, number: int, hidden: Tensor, learns: bool) -> tuple[float, Tensor]:
+        """The mean divergence of a batch, and its gradient at the outputs of the last block."""
+        ids, targets = self._ids[number].to(hidden.device), self._targets.get(number)
+        total, rows = 0.0, []
+        # Window by window: logits are large.
+        for one, target, state in zip(*(x.split(1) for x in (ids, targets, hidden)), strict=True):
+            state = state.detach().requires_grad_(learns)
+            with self._autocast() if learns else contextlib.nullcontext():
+                with torch.no_grad():
+                    dense = self._teacher.logits(one, target)
+                loss = next_token_loss(self._skeleton.logits(one, state), one, dense) / len(ids)
+            if learns:
+                loss.backward()
+                assert state.grad is not None
+                rows.append(state.grad)
+            total += float(loss.detach())
+        return total, torch.cat(rows) if rows else hidden
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        """Run a block with its weights as they are now."""
+        block, name = self._filled(index), self._skeleton.block_name(index)
+        weights: dict[str, Tensor] = {}
+        for relative, before in block.named_parameters() if self._learnt is None else ():
+            full = f"{name}.{relative}"
+            if full in self._shards.factors:
+                weights[relative] = self._scaled(full, before)
+            elif full in self.parameters:
+                changed = before.float() + unit_of(before.float()) * self.parameters[full]
+                weights[relative] = changed.to(before.dtype)
+
+        def with_weights(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block, weights, args, kwargs)
+
+        output = self._rounded.call(index, with_weights)(hidden)  # type: ignore[arg-type]
+        if not self._keeps:
+            self._skeleton.release(index)
+            self._decoded.discard(index)
+        return output
+
+    def _scaled(self, name: str, before: Tensor) -> Tensor:
+        """A weight (O, I) times its factors."""
+        factor_OF = self.parameters[name].exp()
+        order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
+        if order:
+            each = factor_OF.repeat_interleave(before.shape[1] // factor_OF.shape[1], dim=1)
+            return (before.float() * each[:, torch.tensor(order).argsort()]).to(before.dtype)
+        before_OFC = before.float().unflatten(1, (factor_OF.shape[1], -1))
+        return (before_OFC * factor_OF[..., None]).flatten(1).to(before.dtype)
+
+    def _filled(self, index: int) -> nn.Module:
+        """A block with the weights that it had before the training, or as they will be stored."""
+        if index not in self._decoded:
+            shards, learnt = self._shards, self._learnt
+            tensors = shards.block(index) if learnt is None else shards.tuned_block(index, learnt)
+            self._skeleton.fill(index, tensors, self._plan.device)
+            self._decoded.add(index)
+        return self._skeleton.blocks[index]
+
+    def _forget_blocks(self) -> None:
+        for index in self._decoded:
+            self._skeleton.release(index)
+        self._decoded.clear()
+
+
+def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText:
+    """The windows of the source of the calibration, or those that the caller gave."""
+    plan, recipe = run.plan, run.plan.recipe
+    if plan.options.calibration_data is not None:
+        held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
+        return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
+    return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
