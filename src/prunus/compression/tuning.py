@@ -90,7 +90,7 @@ def tune(
                 folder.save()
             schedule = Schedule(
                 tokens=record.tuning.tokens,
-                step_tokens=learner.text.held_out[: learner.batch].numel(),
+                step_tokens=learner.batch * learner.text.held_out.shape[1],
                 rate=record.tuning.rate,
                 warmup=0.1,
                 betas=(0.9, 0.95),
