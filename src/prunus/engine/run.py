@@ -217,7 +217,7 @@ class Command(ABC, Generic[_Plan, _Record]):
         check_same_on_all_ranks(record)
         folder = None
         if result is not None:
-            folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint)
+            folder = ResultFolder(result.folder, record, plan.checkpoint)
             if record.state == "finished":
                 on_rank_0(lambda: result.finish_earlier(folder, plan))
                 return record

@@ -198,7 +198,7 @@ def _side_by_side(
     batch = 1 if chosen.batch == "auto" else chosen.batch
     loaded = next((model.loaded for model in inputs if model.folder is None), None)
     device = choose_device(chosen.device, loaded)
-    compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
+    compute = ComputeOptions(chosen.dtype, device, chosen.memory)
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)

@@ -36,7 +36,7 @@ from prunus.engine.run_record import (
 from prunus.engine.session import SILENT, Session
 from prunus.model.adapter import save_adapter
 from prunus.model.checkpoint.files import remove, write_text
-from prunus.model.checkpoint.resolve import CONFIG_NAME
+from prunus.model.open_folder import ADAPTER_CONFIG
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
@@ -190,7 +190,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
         assert output is not None and folder is not None, "a model on disk is trained"
         if self.options.overwrite and is_rank_0():
             # No mixture of a checkpoint and an adapter may look whole.
-            for name in ("config.json", CONFIG_NAME):
+            for name in ("config.json", ADAPTER_CONFIG):
                 remove(output / name)
         checkpoints = Checkpoints(output)
         training = Training(
