@@ -16,7 +16,7 @@ import prunus
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus.compression.compress import Compression
-from prunus.engine.memory_plan import BlockMemory, Memory
+from prunus.engine.block_memory import BlockMemory, Memory
 from prunus.engine.result import MEASUREMENT
 from prunus.engine.run_options import RunOptions
 from prunus.model.checkpoint.resolve import open_folder

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import prunus
 from command_line import call
 from prunus.compression.compress import Compression
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
 from prunus.formats.compressed_tensors import TensorsCodec, fp4_type, integer_type
 from prunus.model.checkpoint.resolve import open_folder

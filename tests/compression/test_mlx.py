@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import prunus
 from changes import edit_json
 from prunus.compression.compress import Compression
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
 from prunus.evaluation.inspection import stored_size
 from prunus.formats.mlx import FAMILIES, affine_type, dense_weight
 from prunus.model.checkpoint.resolve import open_folder

@@ -16,11 +16,11 @@ from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import fail_together, ranks, set_location
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
+from prunus.engine.calibration_windows import check_inputs
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.run_record import RunRecord, Walk
-from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
 from prunus.hardware.machine import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16

@@ -50,8 +50,8 @@ from prunus.calibration.windows import (
     used_bos,
 )
 from prunus.distributed import fail_together, set_location
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.progress import shows_progress, window_step
-from prunus.engine.run_windows import given_windows
 from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.eval_records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.metrics import exponential

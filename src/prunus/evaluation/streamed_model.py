@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.memory_plan import transient_bytes
+from prunus.engine.block_memory import transient_bytes
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress
 from prunus.hardware.machine import (

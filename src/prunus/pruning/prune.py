@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.engine.command import run_verb
 from prunus.engine.forecast import Trial
+from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
-from prunus.engine.linear_run import LinearCommand
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import shown_session

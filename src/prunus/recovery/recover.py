@@ -21,10 +21,10 @@ from torch import Tensor
 
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import fail_together, is_rank_0, on_rank_0, process_group
+from prunus.engine.command import Command, Run, run_verb
 from prunus.engine.folder import ResultFolder
 from prunus.engine.progress import Shown, shows_progress
 from prunus.engine.result import Result
-from prunus.engine.run import Command, Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import (
     bos_words,
@@ -176,7 +176,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
             run.plan.check_unchanged()
         return student, size, dense
 
-    def change(
+    def change_model(
         self, run: Run[RecoveryPlan, RecoveryRecord], prepared: tuple[Trainable, int, Any]
     ) -> None:
         """Train, and write the best weights.

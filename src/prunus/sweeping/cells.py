@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from prunus.engine.command import run_verb
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.progress import LineInterval, Progress
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunRecord
 from prunus.engine.session import Session

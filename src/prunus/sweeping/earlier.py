@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration.windows import Windows, hash_ids
+from prunus.engine.calibration_windows import calibration_windows, run_inputs
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import another, first_difference
-from prunus.engine.run_windows import calibration_windows, run_inputs
 from prunus.engine.session import SILENT
 from prunus.evaluation.eval_options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows, window_length
