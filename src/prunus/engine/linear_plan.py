@@ -3,7 +3,7 @@
 Whatever would make a run fail later fails in `plan_run`. The command hands it what it alone knows:
 
     LinearStep       how each linear is changed
-    Storage          how the result is stored; the base class stores plain tensors
+    Storage          how the result is stored
 
 and gets back
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,8 @@ class LinearSelection(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How a result stores its linears, as far as a plan must know: here as plain tensors.
+class Storage(ABC):
+    """How a result stores its linears, as far as a plan must know.
 
     Attributes:
         source: The dense weights.
@@ -108,24 +109,23 @@ class Storage:
     copies: int = 1
     first_share: float = 0.0
 
+    @abstractmethod
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     def describe(self, choice: Any = None) -> dict[str, object]:
         """What a plan shows of it, as JSON values."""
         return {}
 
+    @abstractmethod
     def card(self, record: Any) -> str:
         """The model card, README.md, of a run with this record."""
-        raise NotImplementedError(f"{type(self).__name__} has no card")
 
+    @abstractmethod
     def config(self, record: Any) -> Mapping[str, object] | None:
         """The content of config.json; None for that of the source."""
-        return None
 
+    @abstractmethod
     def note_size(self, record: Any, written: Checkpoint) -> None:
         """Enter into the record what takes the bytes of the shards that were written."""
 
