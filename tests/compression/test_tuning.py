@@ -7,17 +7,17 @@ import torch
 from torch.nn.functional import kl_div
 
 import prunus
+from gguf_cases import gguf_checkpoint
 from prunus.compression import tuning
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
 from prunus.training.checkpoints import TrainingState
+from prunus.training.evaluation import Evaluation
 from scripts import run_script
 from stopping import assert_all_resumed
-from tiny import tiny_checkpoint, token_ids
+from tiny import token_ids
 
-#: Widths that 256 divides, so that K types have whole spans.
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
-IDS = token_ids(256)
+IDS = token_ids(96)
 FORMATS = {
     "integers": ("out", {"bits": 3.0}),
     "mlx": ("out", {"bits": 3.0, "format": "mlx"}),
@@ -29,21 +29,21 @@ FORMATS = {
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning") / "dense"
-    return tiny_checkpoint(folder, "llama", torch.bfloat16, tie_word_embeddings=False, **WIDE)
+    return gguf_checkpoint(folder)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """A random model has nearly equal logits, so its divergence says too little of the rate."""
-    monkeypatch.setattr(tuning, "_RATE", 10.0)
+    monkeypatch.setattr(tuning, "_RATE", 2.0)
 
 
 def compress(dense, output, tokens, options):
-    return prunus.compress(dense, output, calibration=IDS, batch=2, tune=tokens, **options)
+    return prunus.compress(dense, output, calibration=IDS, batch=32, tune=tokens, **options)
 
 
 def dense_weights(result):
-    model = load_model(resolve_folder(result), torch.float32)
+    model = load_model(open_folder(result), torch.float32)
     return {name: x.detach() for name, x in model.named_parameters()}
 
 
@@ -54,19 +54,18 @@ def test_training_lowers_the_divergence_by_factors_alone(format, dense, tmp_path
     compress(dense, rounded, 0, options)
     record = compress(dense, tuned, 8192, options)
     losses = [x.held_out_loss for x in record.tuning.evaluations]
-    assert record.tuning.helps and record.tuning.stored_loss < 0.99 * losses[0], losses
-    assert record.tuning.sentence() in record.table().notes
+    assert record.tuning.helps and record.tuning.stored_loss < losses[0], losses
+    assert record.tuning.sentence() in record.table().note
     before, after = dense_weights(rounded), dense_weights(tuned)
     changed = 0
     for key, weight in before.items():
         if weight.dim() == 2 and ".layers." in key:
-            # Zeros stay, and the others of 256 columns have one factor, but for its rounding.
-            assert torch.equal(weight == 0, after[key] == 0)
-            ratio = after[key].where(weight != 0, torch.nan) / weight
-            ratio_OF = ratio.unflatten(1, (-1, 256))
-            middle = ratio_OF.nanmedian(dim=-1, keepdim=True).values
-            assert bool(((ratio_OF - middle).abs().nan_to_num() < 0.02).all()), key
-            changed += int((middle - 1).abs().max() > 0.001)
+            # 256 columns have one factor, but for what its rounding adds.
+            old_OFC, new_OFC = (x.unflatten(1, (-1, 256)) for x in (weight, after[key]))
+            factor_OF1 = (old_OFC * new_OFC).sum(-1, True) / old_OFC.square().sum(-1, True)
+            error = (new_OFC - factor_OF1 * old_OFC).abs().amax() / weight.abs().max()
+            assert error < 0.02, (key, error)
+            changed += int((factor_OF1 - 1).abs().max() > 0.001)
         elif weight.dim() == 2:
             assert torch.equal(weight, after[key])
     assert changed == 14
@@ -94,7 +93,8 @@ def test_losses_and_gradients_are_those_of_the_whole_model(dense, tmp_path, monk
                     around.append(learner._pass(0, learns=False))
             seen["slope"] = (around[1] - around[0]) / 0.1
             seen["norm"] = square**0.5
-            return TrainingState()
+            entry = {"step": 0, "tokens": 0, "seconds": 0.0, "training_loss": None}
+            return TrainingState(evaluations=[Evaluation(**entry, held_out_loss=0.1)])
 
     monkeypatch.setattr(tuning, "Training", Spy)
     monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(dense, tmp_path, monk
     assert not record.tuning.helps
     with torch.no_grad():
         logits = [
-            load_model(resolve_folder(x), torch.float32)(seen["ids"]).logits[:, :-1].log_softmax(-1)
+            load_model(open_folder(x), torch.float32)(seen["ids"]).logits[:, :-1].log_softmax(-1)
             for x in (dense, tmp_path / "out")
         ]
     expected = kl_div(logits[1], logits[0], reduction="sum", log_target=True)

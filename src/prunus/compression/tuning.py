@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunus.calibration.training_text import TrainingText, training_text
+from prunus.engine.calibration_windows import window_request
+from prunus.engine.command import Run
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.output import ShardFolder
 from prunus.engine.progress import PREPARATION, Progress
-from prunus.engine.run import Run
-from prunus.engine.run_windows import window_request
 from prunus.formats.codec import Codec
 from prunus.hardware.machine import available_memory, peak_memory
 from prunus.hardware.numerics import multiplies_bfloat16
