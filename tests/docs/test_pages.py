@@ -125,10 +125,10 @@ PAGES = pages()
 #: Pages that tell of earlier versions, so their names need not exist any more.
 HISTORY = {REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs" / "notes").glob("*.md")}
 CURRENT = [page for page in PAGES if page not in HISTORY]
-#: Options of other programs that the pages name.
+#: Options that the pages name: of other programs, and the one that "Add an option" adds.
 FOREIGN = {
-    "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf", "--master-addr",
-    "--master-port", "--nnodes",
+    "--keep-first", "--kl-divergence", "--kl-divergence-base", "--llama-bench", "--gguf",
+    "--master-addr", "--master-port", "--nnodes",
     "--node-rank", "--nproc-per-node", "--training-memory", "--others", "--windows", "--take",
     "--eager", "--enable-lora",
     "--tensor-parallel-size", "--outfile", "--outtype", "--temp", "--chunks", "--build",
