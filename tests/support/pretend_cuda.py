@@ -189,10 +189,9 @@ def _tensor_type(torch: Any) -> Any:
         def wait() -> None:
             """Do all copies that were begun. Only now may the host read what it has fetched."""
             with lock:
-                copies = [copy for _, copy in begun]
-                begun.clear()
-                for copy in copies:
+                for _, copy in begun:
                     copy()
+                begun.clear()
 
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
