@@ -152,7 +152,7 @@ def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
 def test_the_engine_loads_no_command_pruning_no_format_and_a_folder_of_mlx_no_gguf():
     """In one new interpreter, one after the other."""
     steps = (
-        "import prunus.engine.linear_run, prunus.engine.forecast",
+        "import prunus.engine.linear_command, prunus.engine.forecast",
         "prunus.prune",
         "prunus.compress; prunus.model.formats.format_named('mlx').load()",
     )
