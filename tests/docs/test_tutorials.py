@@ -225,6 +225,7 @@ def test_a_notebook_is_small_python_with_outputs_and_names_no_folder(path):
     assert any(cell["outputs"] for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_python_texts")
 @pytest.mark.filterwarnings("ignore:.*non-interactive", "ignore:mix. C4 cannot be loaded")
 @every_notebook
