@@ -1,4 +1,4 @@
-"""The main plans on a real model: SmolLM2-135M, pruned by half, and compressed to a file of 80 MB.
+"""The main commands on a real model: SmolLM2-135M, pruned by half, and compressed to 80 MB.
 
     make demo            or            python benchmarks/demo.py [FOLDER]
 

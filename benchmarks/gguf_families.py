@@ -48,6 +48,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from prunus.model.open_folder import OpenFolder
 from tiny import tiny_model
 
 #: Tokens of a chunk, of which llama.cpp scores the second half; and the number of chunks.
@@ -139,7 +140,7 @@ def checkpoint(family: str, options: dict[str, Any], tokenizer: Any, folder: Pat
 
 def restored(folder: Path, template: Path, written: Path, out: Path) -> None:
     """The checkpoint with the weights of a GGUF file, in float32."""
-    source = CheckpointSource(folder)
+    source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
     full, file = open_template(template, folder), GgufFile.open(written)

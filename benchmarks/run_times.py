@@ -55,7 +55,7 @@ LIMITS = {
 }
 #: Part of a run -> the functions that do it. A part has what no part inside it has.
 PARTS = {
-    "windows": ["engine.run:calibration_windows"],
+    "windows": ["engine.calibration_windows:calibration_windows"],
     "reading": [
         *(f"model.source:CheckpointSource.{x}" for x in ("block", "outside_digests")),
         *("model.source:CheckpointSource.read_outside", "engine.loop:tensors_digest"),

@@ -159,7 +159,7 @@ def loaded(code: str) -> set[str]:
 def test_the_engine_loads_no_command_pruning_no_format_and_a_folder_of_mlx_no_gguf():
     pruning = loaded("prunus.prune")
     assert not {"prunus.compression", "prunus.formats.codec", "prunus.formats.gguf"} & pruning
-    engine = loaded("import prunus.engine.linear_run, prunus.engine.forecast")
+    engine = loaded("import prunus.engine.linear_command, prunus.engine.forecast")
     assert not {"prunus.pruning", "prunus.rounding", "prunus.compression"} & engine
     mlx = loaded("prunus.compress; prunus.model.formats.format_named('mlx').load()")
     assert "prunus.formats.gguf" not in mlx

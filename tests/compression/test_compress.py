@@ -16,12 +16,13 @@ import prunus
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus.compression.compress import Compression
-from prunus.engine.memory_plan import BlockMemory, Memory
+from prunus.engine.block_memory import BlockMemory, Memory
 from prunus.engine.result import MEASUREMENT
 from prunus.engine.run_options import RunOptions
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
@@ -46,7 +47,7 @@ def compress(dense: Path, out: Path, bits: float = 4.0, **options) -> Manifest:
 
 def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
-        return load_model(resolve_folder(folder))(IDS).logits.float()
+        return load_model(open_folder(folder))(IDS).logits.float()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_families(family, options, tmp_path):
     expected = logits(folder)
     assert float((logits(tmp_path / "out") - expected).norm() / expected.norm()) < 0.05
     # The norms and biases of the dense model are those of the result.
-    before, after = weights(folder), load_model(tmp_path / "out").state_dict()
+    before, after = weights(folder), load_model(OpenFolder(tmp_path / "out")).state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if before[name].dim() == 1)
 
 
@@ -173,7 +174,7 @@ def test_experts_in_one_tensor_stay_dense_and_are_named(tmp_path):
     assert {name for block in manifest.blocks for name in block.linears} == names
     dense = [name for name in manifest.left_dense if "experts" in name]
     assert len(dense) == 2 * 4 * 3
-    before, after = weights(folder), load_model(tmp_path / "out").state_dict()
+    before, after = weights(folder), load_model(OpenFolder(tmp_path / "out")).state_dict()
     assert all(torch.equal(after[n], before[n]) for n in before if "experts" in n)
     found = {linear.name: linear.bits for linear in prunus.inspect(tmp_path / "out").linears}
     assert len(found) == 2 * (4 + 4 * 3)

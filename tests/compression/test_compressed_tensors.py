@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 import prunus
 from command_line import call
 from prunus.compression.compress import Compression
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
 from prunus.formats.block_bytes import scaled
 from prunus.formats.compressed_tensors import TensorsCodec, fp4_type, integer_type
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
@@ -125,7 +125,7 @@ def test_transformers_loads_the_same_weights(options, dtype, tmp_path):
     found = model.state_dict()
     for name, weight in expected.items():
         assert torch.equal(found[name], weight.to(found[name].dtype)), name
-    ours = load_model(resolve_folder(tmp_path / "out"))(token_ids()).logits
+    ours = load_model(open_folder(tmp_path / "out"))(token_ids()).logits
     assert torch.allclose(ours, logits, atol=0.01)
 
 
@@ -206,7 +206,7 @@ def test_a_size_gets_the_types_of_least_loss_and_joined_linears_share_theirs(dty
         for block in ("model.layers.0", "model.layers.1"):
             assert record.types[f"{block}.{one}"] == record.types[f"{block}.{other}"]
     assert len(described(out)["config_groups"]) == len(set(record.types.values())) > 1
-    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    loaded, expected = load_model(open_folder(out)).state_dict(), unpacked(out)
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())
     assert "2 to 8" in (out / "README.md").read_text()
 
@@ -237,7 +237,7 @@ def test_fp4_is_stored_and_described_as_the_package_does(options, dense, tmp_pat
     assert config["format"] == f"{kind.lower()}-pack-quantized"
     assert config["config_groups"] == {"group_0": {"targets": ["Linear"], "weights": about}}
     tensors, before = stored(out), stored(dense)
-    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    loaded, expected = load_model(open_folder(out)).state_dict(), unpacked(out)
     for name, weight in loaded.items():
         assert torch.equal(weight, expected[name])
         assert float((weight - before[name]).norm() / before[name].norm()) < 0.16
@@ -258,7 +258,7 @@ def test_a_global_scale_suits_weights_of_any_magnitude(magnitude):
 @every_size
 def test_the_result_is_read_without_the_package(bits, dense, tmp_path):
     compress(dense, out := tmp_path / "out", bits)
-    loaded, expected = load_model(resolve_folder(out)).state_dict(), unpacked(out)
+    loaded, expected = load_model(open_folder(out)).state_dict(), unpacked(out)
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())
     record = CompressionRecord.load(out)
     for linear in prunus.inspect(out, verify=True).linears:

@@ -39,6 +39,7 @@ from prunus.formats.gguf.result import read_record
 from prunus.formats.gguf.types import TYPES
 from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.files import move_file
+from prunus.model.open_folder import OpenFolder
 from prunus.rounding import llama_cpp
 from prunus.rounding.group_fits import round_to_nearest
 from prunus.rounding.loss_sensitivity import LinearSensitivity
@@ -426,7 +427,7 @@ def test_other_verbs_read_the_file(one_block, tmp_path):
         for model in (out, tmp_path / "back")
     ]
     assert scores[0] == scores[1]
-    assert stored_size(out) == ModelSize(out.stat().st_size, 4.5)
+    assert stored_size(OpenFolder(out)) == ModelSize(out.stat().st_size, 4.5)
     assert record.totals["bits"] == 4.5
 
 

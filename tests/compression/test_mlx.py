@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 import prunus
 from changes import edit_json
 from prunus.compression.compress import Compression
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import given_windows
 from prunus.evaluation.inspection import stored_size
 from prunus.formats.mlx import FAMILIES, affine_type, dense_weight
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
 from prunus.rounding.group_fits import round_to_nearest
@@ -148,7 +149,7 @@ def test_scales_have_the_dtype_of_the_model_and_of_float32_bfloat16(dtype, tmp_p
     assert kinds == {torch.bfloat16 if dtype == torch.float32 else dtype}
     expected = unpacked(tmp_path / "out")
     [kind] = kinds
-    for name, weight in stored(resolve_folder(tmp_path / "out")).items():
+    for name, weight in stored(open_folder(tmp_path / "out").path).items():
         assert torch.equal(weight, expected[name].to(kind if weight.dim() == 2 else dtype)), name
 
 
@@ -213,7 +214,7 @@ def test_other_verbs_read_the_result(dense, compressed, tmp_path):
     )
     assert 0 < scored.divergence.kl < 0.1
     files = sum(file.stat().st_size for file in compressed.glob("*.safetensors"))
-    assert stored_size(compressed).file_bytes == files
+    assert stored_size(OpenFolder(compressed)).file_bytes == files
 
 
 @pytest.mark.parametrize("part", ["scales", "biases", "weight", "bits", "mode", "config"])
@@ -230,12 +231,12 @@ def test_folders_that_do_not_fit_their_description_are_refused(part, compressed,
         tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:5].contiguous()
     save_file(tensors, path)
     if part == "config":
-        resolve_folder(out)
+        open_folder(out)
         described = json.loads((out / "config.json").read_text())["quantization"]
         described[module]["bits"] += 1
         edit_json(out / "config.json", quantization=described)
     with pytest.raises(ValueError, match=r"up_proj.weight is not stored as integers"):
-        resolve_folder(out)
+        open_folder(out)
 
 
 def test_positions_have_the_keys_that_mlx_lm_reads(tmp_path):
@@ -279,6 +280,6 @@ def test_mlx_lm_computes_what_is_computed_here(family, tmp_path):
         ids = token_ids()[:, :8]
         logits = np.array(model(mx.array(ids.numpy())).astype(mx.float32))
         with torch.no_grad():
-            expected = load_model(resolve_folder(out))(ids).logits.float().numpy()
+            expected = load_model(open_folder(out))(ids).logits.float().numpy()
         # mlx-lm rounds rows of the embedding to bfloat16.
         assert np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()

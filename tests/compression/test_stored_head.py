@@ -17,6 +17,7 @@ from changes import edit_tensors
 from gguf_cases import compress, gguf_checkpoint
 from prunus.formats.gguf.import_checkpoint import import_gguf
 from prunus.formats.mlx import MlxCodec
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from tiny import stored, token_ids
@@ -73,7 +74,7 @@ def test_a_stored_head_that_is_not_the_embedding_is_kept_as_transformers_loads_i
 def test_a_model_is_computed_with_the_head_that_it_stores(two_matrices):
     weights = load_file(two_matrices / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(two_matrices, dtype=torch.float32)
-    for source in (CheckpointSource(two_matrices), ModuleSource(loaded)):
+    for source in (CheckpointSource(OpenFolder(two_matrices)), ModuleSource(loaded)):
         skeleton = Skeleton(source.config, torch.float32)
         source.bind(skeleton)
         with skeleton.outside_blocks(source.read_outside, CPU):

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 import prunus
-from prunus.engine import forecast, linear_run
+from prunus.engine import forecast, linear_command
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.run_options import RunOptions
 from prunus.pruning.prune import Pruning
@@ -34,8 +34,8 @@ def planned(dense, **recipe):
 def test_a_long_run_says_its_time_and_writes_the_same_bytes(dense, tmp_path, monkeypatch, options):
     given = {"calibration": token_ids(), "sparsity": 0.5, **options}
     said = {"short": [], "long": []}
-    for name, many in (("short", linear_run._MANY_BATCHES), ("long", 0)):
-        monkeypatch.setattr(linear_run, "_MANY_BATCHES", many)
+    for name, many in (("short", linear_command._MANY_BATCHES), ("long", 0)):
+        monkeypatch.setattr(linear_command, "_MANY_BATCHES", many)
         prunus.prune(dense, tmp_path / name, announce=said[name].append, progress=False, **given)
     # Once before anything is measured, and once with the first block, where it stays to be read.
     assert [str(x).count("; the run takes about") for x in said.values()] == [0, 2]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import prunus
+from prunus.engine.block_memory import Memory
 from prunus.engine.loop import background_writes, read_ahead
-from prunus.engine.memory_plan import Memory
 from tiny import shards, tiny_checkpoint, token_ids
 
 

@@ -10,6 +10,7 @@ import prunus
 from devices import PRETEND
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.streamed_model import StreamedModel
+from prunus.model.open_folder import OpenFolder
 from prunus.model.stream import StatesPlace
 
 pytestmark = pytest.mark.cuda
@@ -46,7 +47,9 @@ def test_where_hidden_states_wait_changes_nothing(folders, place, monkeypatch, t
 
 
 def test_states_that_do_not_fit_on_the_device_wait_in_host_memory(folders, monkeypatch):
-    model = StreamedModel(folders / "dense", ComputeOptions("auto", torch.device("cuda")))
+    model = StreamedModel(
+        OpenFolder(folders / "dense"), ComputeOptions("auto", torch.device("cuda"))
+    )
     shape = torch.Size((5, 24))
     for free, host, place in (
         (10**9, 10**9, StatesPlace(None, True)),

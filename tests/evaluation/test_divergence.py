@@ -24,6 +24,7 @@ from prunus.evaluation.perplexity import first_scored_row
 from prunus.evaluation.streamed_model import StreamedModel
 from prunus.methods.divergence import kl_divergence
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.reporting.write import report
 from refusals import assert_refused
@@ -158,10 +159,12 @@ def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
     monkeypatch.setattr(streamed, "process_memory", lambda: 0)
     monkeypatch.setattr(streamed, "keep_freed_memory", lambda: kept.append(True))
     dense = folders / "dense"
-    need = streamed.whole_bytes(dense, 24, ComputeOptions("float32", torch.device("cpu")))
+    need = streamed.whole_bytes(
+        OpenFolder(dense), 24, ComputeOptions("float32", torch.device("cpu"))
+    )
     chosen = [
         streamed.choose_streamed(
-            [folders / name for name in names], None, 24,
+            [OpenFolder(folders / name) for name in names], None, 24,
             ComputeOptions("float32", torch.device("cpu"), memory),
         )
         for names, memory in (
@@ -207,7 +210,9 @@ def test_a_whole_model_beside_a_streamed_reference(folders, monkeypatch):
 
 def test_loaded_models_are_compared_and_left_as_they_were(folders):
     expected = figures(score(folders))
-    dense, pruned = (load_model(folders / name, torch.float32) for name in ("dense", "pruned"))
+    dense, pruned = (
+        load_model(OpenFolder(folders / name), torch.float32) for name in ("dense", "pruned")
+    )
     dense.train()
     ids = str(folders / "ids.safetensors")
     found = prunus.perplexity(pruned, ids, seqlen=24, reference=dense)
@@ -224,7 +229,7 @@ def test_loaded_models_are_compared_and_left_as_they_were(folders):
 
 
 def test_llama_cpp_scores_the_second_half_of_every_window(folders):
-    models = [load_model(folders / name, torch.float32) for name in ("dense", "pruned")]
+    models = [load_model(OpenFolder(folders / name), torch.float32) for name in ("dense", "pruned")]
     expected = slow_figures(*models, token_ids(5, 24), start=12)
     for stream in (False, True):
         found = score(folders, protocol="llama.cpp", stream=stream)
@@ -257,7 +262,7 @@ def test_llama_cpp_puts_bos_first_where_the_tokenizer_does(bos, tmp_path):
     ids = torch.tensor(tokenizer(text)["input_ids"])[:1536].view(3, 512)
     if bos:
         ids[:, 0] = BOS
-    model = load_model(dense)
+    model = load_model(OpenFolder(dense))
     expected = slow_figures(model, model, ids, start=256)["reference_perplexity"]
     assert found.perplexity == pytest.approx(expected, rel=1e-5)
 
@@ -277,7 +282,7 @@ def test_references_that_do_not_fit(folders, tmp_path):
     short = tiny_checkpoint(tmp_path / "short", max_position_embeddings=16)
     for reference, kind, words in (
         (larger, ValueError, r"reference .*larger has a vocabulary of 160 tokens, .*pruned one of"),
-        (load_model(larger), ValueError, "a vocabulary of 160 tokens"),
+        (load_model(OpenFolder(larger)), ValueError, "a vocabulary of 160 tokens"),
         (short, ValueError, "the reference has 16 positions"),
         (tmp_path / "none", FileNotFoundError, "neither a folder nor a hub id"),
         (tmp_path, FileNotFoundError, r"no config\.json"),
@@ -328,14 +333,16 @@ def scored(root, texts=("ids", "other"), **options):
 
 def slow_kl(root, name, ids):
     """KL of every predicted token (windows, tokens)."""
-    models = [load_model(root / folder, torch.float32) for folder in ("dense", name)]
+    models = [load_model(OpenFolder(root / folder), torch.float32) for folder in ("dense", name)]
     return slow_tokens(*models, ids)[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_figures_are_those_of_whole_models_per_text_and_over_all_texts(stream, root):
     texts = [*TEXTS.values()]
-    dense, *models = (load_model(root / name, torch.float32) for name in ("dense", *MODELS))
+    dense, *models = (
+        load_model(OpenFolder(root / name), torch.float32) for name in ("dense", *MODELS)
+    )
     for model, results in zip(models, scored(root, stream=stream), strict=True):
         for result, ids in zip(results, (*texts, torch.cat(texts)), strict=True):
             expected = slow_figures(dense, model, ids)
@@ -427,7 +434,7 @@ def test_one_block_of_all_models_is_in_memory_and_no_file_of_logits(root, monkey
     monkeypatch.setattr(Skeleton, "release", watched_release)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     scored(root, stream=True)
-    blocks = len(load_model(root / "dense").model.layers)
+    blocks = len(load_model(OpenFolder(root / "dense")).model.layers)
     assert max(most) == 1
     assert len(most) == 3 * blocks * len(TEXTS)
     assert not list(tmp_path.iterdir())

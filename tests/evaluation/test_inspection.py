@@ -14,6 +14,7 @@ import prunus
 from changes import edit_tensors
 from prunus.evaluation.inspection import PATTERNS, holds, stored_size
 from prunus.model.linears import find_linears, left_dense
+from prunus.model.open_folder import OpenFolder
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
 
@@ -131,12 +132,12 @@ def test_weights_that_no_method_prunes_are_named():
 )
 def test_the_size_of_a_model_is_that_of_its_files_and_linears(family, dtype, bits, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family, dtype)
-    assert stored_size(dense).bits_per_weight == bits
-    assert stored_size(dense).file_bytes == (dense / "model.safetensors").stat().st_size
+    assert stored_size(OpenFolder(dense)).bits_per_weight == bits
+    assert stored_size(OpenFolder(dense)).file_bytes == (dense / "model.safetensors").stat().st_size
 
 
 def test_the_size_of_a_model_of_an_unknown_kind_is_that_of_its_files(dense, tmp_path):
     edit_tensors(dense, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
-    found = stored_size(dense)
+    found = stored_size(OpenFolder(dense))
     assert found.bits_per_weight is None
     assert found.file_bytes > 0

@@ -19,6 +19,7 @@ from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.perplexity import load_scoring_text, perplexities, perplexity
 from prunus.evaluation.window_scores import WholeModel, score_windows
 from prunus.model.checkpoint.tensor_files import Checkpoint
+from prunus.model.open_folder import OpenFolder
 from refusals import assert_refused
 from tiny import ids_file, tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
@@ -355,7 +356,7 @@ def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
 def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
     monkeypatch.setattr(streamed, "process_memory", lambda: 0)
-    need = streamed.whole_bytes(dense, 24, ComputeOptions("auto", torch.device("cpu")))
+    need = streamed.whole_bytes(OpenFolder(dense), 24, ComputeOptions("auto", torch.device("cpu")))
     large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     assert large < need < 2 * large
     assert not score(dense, ids, memory=need).streamed

@@ -19,6 +19,7 @@ from prunus.formats.gguf import modelfile
 from prunus.formats.gguf.modelfile import _SAID, ChatTexts, chat_texts
 from prunus.formats.gguf.result import read_record
 from prunus.model.checkpoint.card import values_of
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 from tiny import token_ids
 
@@ -170,7 +171,7 @@ def test_the_template_of_the_modelfile_gives_the_prompts_of_the_chat_template(
     assert stops == list(dict.fromkeys([end, "</s>"]))
     assert ("TEMPLATE" in dict(instructions)) == is_written
     assert ("# No TEMPLATE" in text) != is_written
-    tokenizer = load_tokenizer(dense)
+    tokenizer = load_tokenizer(OpenFolder(dense))
     for roles in TALKS if is_written else []:
         messages = [{"role": x, "content": f"{x} says {i}"} for i, x in enumerate(roles)]
         if "system" in roles and "raise_exception" in template:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import modeling_utils
 
 import prunus
-from prunus.engine.linear_run import _one_processor_thread
+from prunus.engine.linear_command import _one_processor_thread
 from prunus.formats.gguf.package import package
 from prunus.hardware.numerics import tf32_products
 from prunus.hardware.process_state import no_stderr, no_warnings

@@ -5,7 +5,7 @@ import torch
 
 import prunus
 import reference
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.dense_targets import dense_target
 from prunus.methods.patterns import Pattern

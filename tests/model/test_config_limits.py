@@ -10,10 +10,11 @@ from transformers.models.auto import modeling_auto
 
 from prunus.model import meta_model
 from prunus.model.checkpoint.tensor_files import Checkpoint
-from prunus.model.config import StoredSizes, check_config, check_processor_files, load_config
+from prunus.model.config import StoredSizes, check_processor_files
 from prunus.model.kinds import CAUSAL
 from prunus.model.loading import load_model
 from prunus.model.meta_model import build_on_meta, limited_modules
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import load_tokenizer
 from refusals import assert_refused
 from tiny import tiny_checkpoint
@@ -53,17 +54,19 @@ def test_a_number_beyond_the_weights_is_refused_before_transformers_sees_it(
         transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("too late")
     )
     write(folder, content)
-    for work in (load_config, load_tokenizer, load_model):
-        assert_refused(ValueError, f"asks for {field} = ", work, folder)
+    for work in (lambda opened: opened.config, load_tokenizer, load_model):
+        assert_refused(ValueError, f"asks for {field} = ", work, OpenFolder(folder))
 
 
 def test_tensors_that_hold_nothing_allow_no_layers(tmp_path):
     names = [f"model.layers.{number}.x.weight" for number in range(1000)]
     save_file({name: torch.empty(0, 8) for name in names}, tmp_path / "model.safetensors")
     write(tmp_path, {"model_type": "qwen3", "num_hidden_layers": 1000})
-    assert_refused(ValueError, r"0 bytes in 0 tensors of 0 layers", check_config, tmp_path)
+    assert_refused(
+        ValueError, r"0 bytes in 0 tensors of 0 layers", OpenFolder(tmp_path).check_config
+    )
     save_file({name: torch.ones(1, 8) for name in names}, tmp_path / "model.safetensors")
-    check_config(tmp_path)
+    OpenFolder(tmp_path).check_config()
 
 
 def test_layers_and_experts_are_counted_by_their_numbers(tmp_path):
@@ -91,7 +94,7 @@ def test_layers_and_experts_are_counted_by_their_numbers(tmp_path):
 )
 def test_a_file_that_is_no_configuration_is_refused(text, message, folder):
     (folder / "config.json").write_text(text)
-    assert_refused(ValueError, message, load_config, folder)
+    assert_refused(ValueError, message, getattr, OpenFolder(folder), "config")
 
 
 def test_the_files_of_a_tokenizer_are_limited_too(folder):
@@ -99,7 +102,7 @@ def test_the_files_of_a_tokenizer_are_limited_too(folder):
     path.write_text(json.dumps({"model_max_length": 10**30}))
     check_processor_files(folder)
     path.write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 10**9}))
-    assert_refused(ValueError, "extra_ids = 1,000,000,000", load_tokenizer, folder)
+    assert_refused(ValueError, "extra_ids = 1,000,000,000", load_tokenizer, OpenFolder(folder))
 
 
 SOME_TYPES = ("llama", "gpt2", "gemma3", "mamba2", "deepseek_v3", "falcon_h1", "longcat_flash")
@@ -117,7 +120,6 @@ def test_the_defaults_of_known_models_are_accepted(model_types, tmp_path):
         {"experts": torch.ones(16384, 1, 1), "embedding": torch.ones(2500, 2000)},
         tmp_path / "model.safetensors",
     )
-    checkpoint = Checkpoint(tmp_path)
     checked = 0
     for model_type in model_types:
         try:
@@ -125,7 +127,7 @@ def test_the_defaults_of_known_models_are_accepted(model_types, tmp_path):
         except Exception:
             continue
         (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
-        check_config(tmp_path, checkpoint)
+        OpenFolder(tmp_path).check_config()
         checked += 1
     assert checked > 0.9 * len(model_types)
 
@@ -137,7 +139,7 @@ def test_tables_that_fill_memory_are_not_computed_and_modules_without_end_are_no
     for content in ({"model_type": "gptj", "rotary_dim": 64}, {"model_type": "gpt_bigcode"}):
         write(folder, small | content)
         with pytest.raises(ValueError, match="it asks for more than"):
-            build_on_meta(CAUSAL, load_config(folder), torch.float32, False)
+            build_on_meta(CAUSAL, OpenFolder(folder).config, torch.float32, False)
     monkeypatch.setattr(meta_model, "_MAX_MODULES", 10)
     with pytest.raises(ValueError, match="more than 10 modules"), limited_modules():
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(10**9))

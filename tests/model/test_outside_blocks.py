@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from prunus.model.kinds import kind_of
 from prunus.model.meta_model import build_on_meta
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from tiny import tiny_checkpoint, token_ids
@@ -21,7 +22,7 @@ def tied(tmp_path_factory):
 
 
 def opened(folder, dtype):
-    source = CheckpointSource(folder)
+    source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, dtype)
     source.bind(skeleton)
     return source, skeleton

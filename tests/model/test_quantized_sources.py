@@ -17,8 +17,8 @@ from command_line import call
 from gguf_cases import gguf_checkpoint
 from prunus.evaluation.inspection import stored_size
 from prunus.model.checkpoint.tensor_files import Checkpoint
-from prunus.model.config import open_checkpoint
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from quantized import FORMATS, FUSED, gpt_oss_experts, gptq, quantize, tensors_of
 from recovery_cases import recover, training_text
 from refusals import assert_refused
@@ -51,7 +51,7 @@ def assert_same_bits(found, expected) -> None:
 @every_format
 def test_each_weight_has_the_value_of_its_formula_and_is_pruned_as_that(name, source, tmp_path):
     few, dense = quantize(source, tmp_path, name)
-    checkpoint = open_checkpoint(few)
+    checkpoint = OpenFolder(few).checkpoint
     assert_same_bits(dict(checkpoint.read(checkpoint.tensors)), stored(dense))
     assert torch.equal(
         torch.cat(list(checkpoint.pieces(f"{KEY}.weight", 64))),
@@ -64,9 +64,9 @@ def test_each_weight_has_the_value_of_its_formula_and_is_pruned_as_that(name, so
     assert config == json.loads((dense.parent / "out" / "config.json").read_text())
     # Older and newer programs name the dtype in two ways; without any it is bfloat16.
     edit_json(few / "config.json", dtype=None, torch_dtype="float32")
-    assert open_checkpoint(few).tensors[f"{KEY}.weight"].dtype == torch.float32
+    assert OpenFolder(few).checkpoint.tensors[f"{KEY}.weight"].dtype == torch.float32
     edit_json(few / "config.json", torch_dtype=None)
-    assert open_checkpoint(few).tensors[f"{KEY}.weight"].dtype == torch.bfloat16
+    assert OpenFolder(few).checkpoint.tensors[f"{KEY}.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_every_command_takes_them(source, tmp_path):
         assert scores[0].loss == scores[1].loss
     # What compress writes is read in the same way.
     assert prunus.inspect(here / "packed").linears[0].dtype == "W8A16"
-    assert stored_size(few).bits_per_weight < 8
-    assert stored_size(dense).bits_per_weight == 16
+    assert stored_size(OpenFolder(few)).bits_per_weight < 8
+    assert stored_size(OpenFolder(dense)).bits_per_weight == 16
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -144,7 +144,7 @@ def test_transformers_loads_the_same_weights(family, name, tmp_path):
         pytest.importorskip("compressed_tensors", reason=NO_PACKAGE)
         more = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     theirs = AutoModelForCausalLM.from_pretrained(few, dtype="auto", **more).state_dict()
-    ours = load_model(few).state_dict()
+    ours = load_model(OpenFolder(few)).state_dict()
     assert_same_bits(ours, {key: theirs[key] for key in ours})
 
 
@@ -273,8 +273,10 @@ def test_what_other_programs_write_beside_the_layout_changes_nothing(
     before = json.loads((few / "config.json").read_text())["quantization_config"]
     before.pop("checkpoint_format", None)
     edit_json(few / "config.json", quantization_config=before | described)
-    assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"])
-    assert Checkpoint(few).fingerprint == open_checkpoint(few).fingerprint
+    assert torch.equal(
+        OpenFolder(few).checkpoint.whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"]
+    )
+    assert Checkpoint(few).fingerprint == OpenFolder(few).checkpoint.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_some_linears_have_other_bits_and_groups(rules, source, tmp_path):
     edit_tensors(few, lambda x: x.update({f"{KEY}.{y}": z.contiguous() for y, z in parts.items()}))
     described = {"quant_method": "gptq", "bits": 4, "group_size": 24}
     edit_json(few / "config.json", quantization_config=described | rules)
-    assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), weight.bfloat16())
+    assert torch.equal(OpenFolder(few).checkpoint.whole(f"{KEY}.weight"), weight.bfloat16())
 
 
 def test_a_group_of_compressed_tensors_is_chosen_by_the_name_of_a_module(source, tmp_path):
@@ -302,4 +304,6 @@ def test_a_group_of_compressed_tensors_is_chosen_by_the_name_of_a_module(source,
     groups = {"group_1": other["group_0"], **described["config_groups"]}
     groups["group_0"] = groups["group_0"] | {"targets": [KEY, r"re:.*\.layers\..*"]}
     edit_json(few / "config.json", quantization_config=described | {"config_groups": groups})
-    assert torch.equal(open_checkpoint(few).whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"])
+    assert torch.equal(
+        OpenFolder(few).checkpoint.whole(f"{KEY}.weight"), stored(dense)[f"{KEY}.weight"]
+    )

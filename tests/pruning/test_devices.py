@@ -10,7 +10,7 @@ import transformers
 
 import prunus
 from devices import PRETEND, assert_same_weights
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
 from prunus.methods import patterns, statistics
 from prunus.methods.solvers import least_squares
 from prunus.rounding import loss_sensitivity

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import prunus
 from command_line import call
 from prunus.model.experts import Experts, find_routers
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def logits_by_blocks(folder: Path, ids: Tensor) -> Tensor:
-    source = CheckpointSource(folder)
+    source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
     stream = Stream(skeleton, source, CPU)

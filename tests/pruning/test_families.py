@@ -29,6 +29,7 @@ from prunus.engine.run_options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.pruning.prune import Pruning
 from prunus.pruning.recipe import Recipe
 from recovery_cases import SHORT, shards, training_text
@@ -221,7 +222,7 @@ def test_what_follows_pruning(family, tmp_path):
 def test_compression(tmp_path):
     dense = image_text_checkpoint(tmp_path / "dense", "llava")
     prunus.compress(dense, tmp_path / "out", bits=4, calibration=token_ids(8, 64))
-    ids, model = token_ids(), load_model(tmp_path / "out")
+    ids, model = token_ids(), load_model(OpenFolder(tmp_path / "out"))
     assert model(input_ids=ids).logits.isfinite().all()
     assert sum(map(len, shards(tmp_path / "out").values())) < sum(map(len, shards(dense).values()))
 

@@ -8,7 +8,7 @@ import torch
 import prunus
 import reference
 from prunus.engine.block import dense_stream
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
 from prunus.engine.reconstruction import reconstruct_block
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT

@@ -9,7 +9,7 @@ import torch
 import prunus
 import reference
 from command_line import call
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
 from prunus.methods.allocation import allocate_by_outliers
 from prunus.pruning import allocate_sparsity
 from prunus.pruning.manifest import Manifest

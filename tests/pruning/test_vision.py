@@ -16,7 +16,7 @@ import prunus
 from command_line import call
 from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
 from prunus.calibration.images import draw_images, list_images, read_images
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
 from prunus.model.skeleton import Skeleton
 from reference import assert_three_ways_agree, prune_as_called, prune_rows
 from refusals import assert_refused

@@ -14,6 +14,7 @@ from changes import swap_two_tokens
 from prunus import Manifest, StructureRecord
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.recovery import training
 from prunus.recovery.recovery_plan import default_mode
 from prunus.recovery.recovery_record import RecoveryRecord
@@ -149,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
 
 def test_a_model_without_a_finite_loss(pruned, text, tmp_path):
     broken = tmp_path / "broken"
-    model = load_model(pruned)
+    model = load_model(OpenFolder(pruned))
     with torch.no_grad():
         model.model.norm.weight.fill_(1e38)
         model.lm_head.weight.mul_(1e5)

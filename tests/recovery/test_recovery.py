@@ -28,6 +28,7 @@ from prunus.model.adapter import merge_adapter
 from prunus.model.checkpoint.files import holds_figures
 from prunus.model.experts import Experts, find_fused_experts, split_loaded_experts
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
@@ -76,7 +77,7 @@ def test_the_record_is_what_was_measured(pruned, text, tmp_path):
     # The figure is the perplexity of what was written, on windows that plain torch can score.
     ids = windows(str(text), WindowRequest(seqlen=16, tokenizer=byte_tokenizer), 2).held_out
     with torch.no_grad():
-        loss = load_model(out)(input_ids=ids, labels=ids).loss
+        loss = load_model(OpenFolder(out))(input_ids=ids, labels=ids).loss
     assert float(loss) == pytest.approx(best.held_out_loss, rel=1e-4)
 
 
@@ -99,7 +100,7 @@ def test_an_untied_head_that_was_pruned_is_kept_too(tmp_path, text):
 
 
 def test_without_a_manifest_linears_with_many_zeros_count_as_pruned(pruned, text, tmp_path):
-    model = load_model(pruned)
+    model = load_model(OpenFolder(pruned))
     with torch.no_grad():
         dense_one = model.model.layers[0].mlp.up_proj.weight
         dense_one.copy_(torch.randn_like(dense_one))
@@ -122,7 +123,7 @@ def test_other_families(family, tmp_path, text):
         assert totals["held_out_perplexity_after"] < totals["held_out_perplexity_before"]
     merge_adapter(tmp_path / "lora", pruned, tmp_path / "merged")
     for folder in (tmp_path / "masked", tmp_path / "merged"):
-        logits = load_model(folder)(input_ids=torch.arange(3, 11)[None]).logits
+        logits = load_model(OpenFolder(folder))(input_ids=torch.arange(3, 11)[None]).logits
         assert bool(logits.isfinite().all())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     fused = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "codegen": ["qkv_proj"]}
@@ -274,7 +275,7 @@ def test_a_loaded_model_with_single_experts_computes_what_the_fused_one_does(fam
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the blocks, with one linear per expert."""
-    source = CheckpointSource(folder)
+    source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, source.stored_dtype)
     source.bind(skeleton)
     return {
@@ -372,8 +373,11 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
     absurd = [*SHORT_RUN, "--learning-rate", "1"]
     result = call("recover", pruned, out, "--mode", "masked", "--text", text, *absurd)
     assert "no evaluation was better than the start" in " ".join(result.stdout.split())
-    weights = load_model(pruned).state_dict()
-    assert all(torch.equal(weights[name], x) for name, x in load_model(out).state_dict().items())
+    weights = load_model(OpenFolder(pruned)).state_dict()
+    assert all(
+        torch.equal(weights[name], x)
+        for name, x in load_model(OpenFolder(out)).state_dict().items()
+    )
 
 
 def test_a_terminal_shows_every_step_and_plain_lines_show_measurements():

@@ -14,6 +14,7 @@ from prunus.formats.gguf.file import GgufFile, new_fields, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.layout import GgufLayout, layout_of
 from prunus.formats.gguf.types import PLAIN
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.rounding.compression_record import CompressionRecord
@@ -67,7 +68,7 @@ def shape(file: GgufFile, name: str) -> tuple[int, ...]:
 
 def known_layout(folder: Path) -> tuple[GgufLayout, CheckpointSource]:
     """The layout that the package knows for a family."""
-    source = CheckpointSource(folder)
+    source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, torch.bfloat16)
     source.bind(skeleton)
     return layout_of(source, skeleton), source

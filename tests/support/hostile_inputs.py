@@ -15,6 +15,7 @@ from hostile_damage import mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.evaluation.generation import generate
 from prunus.model import tokenizer
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import load_tokenizer
 from prunus.reporting.page import document_json, to_markdown
 from prunus.reporting.write import report
@@ -88,7 +89,7 @@ def _template(folder: Path) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         messages = [{"role": "user", "content": "x"}]
-        tokenizer.apply_chat_template(load_tokenizer(case / "model"), [messages])
+        tokenizer.apply_chat_template(load_tokenizer(OpenFolder(case / "model")), [messages])
 
     return folder, damage, work
 

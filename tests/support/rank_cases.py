@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
-from prunus.engine.memory_plan import Memory  # noqa: E402
+from prunus.engine.block_memory import Memory  # noqa: E402
 from prunus.rounding.compression_record import CompressionRecord  # noqa: E402
 from prunus.distributed import on_rank_0, process_group, ranks, sum_floats  # noqa: E402
 from prunus.engine.block import dense_stream  # noqa: E402
@@ -288,7 +288,7 @@ def lost(scratch: Path) -> dict[str, Any]:
         def work(rank: int, name: str = name, act: Any = act, out: Path = out) -> None:
             from prunus.engine.block.change_block import BlockChanger
 
-            original = BlockChanger.make
+            original = BlockChanger.change_block
 
             def prune_block(engine: Any, index: int, *rest: Any) -> Any:
                 if rank == 1 and index == 2:
@@ -297,7 +297,7 @@ def lost(scratch: Path) -> dict[str, Any]:
                     os.kill(os.getpid(), act)
                 return original(engine, index, *rest)
 
-            BlockChanger.make = prune_block  # type: ignore[method-assign]
+            BlockChanger.change_block = prune_block  # type: ignore[method-assign]
             began = time.monotonic()
             try:
                 prune(dense, out, rank_timeout=3.0)

@@ -25,6 +25,7 @@ from prunus.evaluation.eval_options import TaskOptions
 from prunus.evaluation.eval_records import PerplexityResult
 from prunus.evaluation.inspection import stored_size
 from prunus.model.checkpoint.files import holds_figures
+from prunus.model.open_folder import OpenFolder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sweep_section import sweep_section
@@ -255,7 +256,7 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         prunus.perplexity(dense, "python-docs", seqlen=32, samples=4).perplexity, rel=1e-12
     )
     assert [cell.state for cell in results.cells] == ["done"] * 4
-    assert results.models["dense"].size == stored_size(dense)
+    assert results.models["dense"].size == stored_size(OpenFolder(dense))
     assert results.title == "Sweep of dense"
     for cell in results.cells:
         assert cell.size.bits_per_weight == 32
@@ -694,6 +695,7 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
 OWN = """
 from typing import Annotated
 from prunus.methods import Method, MethodOptions, keep_mask, masked
+from prunus.model.open_folder import OpenFolder
 from prunus.options import Option
 
 class OwnOptions(MethodOptions):

@@ -73,19 +73,20 @@ def evaluate(
 
     for text in texts:
         check_text(text, checked.data)
-    for model in models:
-        checkpoint = find_model(model, trusted, note)
-        if reference is not None:
-            check_reference(checkpoint, find_model(reference, trusted, note))
-    on_tasks = [] if tasks is None else prepare_tasks(models, tasks, **of_tasks)
+    every = dict.fromkeys(models if reference is None else [*models, reference])
+    found = {model: find_model(model, trusted, note) for model in every}
+    inputs, compared = [found[x] for x in models], None if reference is None else found[reference]
+    for model in inputs:
+        if compared is not None:
+            check_reference(model, compared)
+    on_tasks = [] if tasks is None else prepare_tasks(inputs, tasks, **of_tasks)
     scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
     with process_group(rank_timeout):
         if texts:
-            of_models = perplexities(models, texts, reference=reference, progress=shows, **of_text)
+            of_models = perplexities(inputs, texts, reference=compared, progress=shows, **of_text)
             scores = dict(zip(models, of_models, strict=True))
     results = {model: score(shows) for model, score in zip(models, on_tasks, strict=False)}
-    measured = [*models, *filter(None, [reference])]
-    sizes = {model: stored_size(model, trusted) for model in measured}
+    sizes = {model: stored_size(one.folder) for model, one in found.items() if one.folder}
     content = side_by_side(scores, results, sizes, reference)
     print_result(content, evaluation_section(content))
 

@@ -99,7 +99,7 @@ def plan(
     # These import torch, which takes seconds.
     from prunus.compression.fit import plan_to_fit
     from prunus.compression.type_rounding import write_lists
-    from prunus.engine.run import run_verb
+    from prunus.engine.command import run_verb
 
     plan: Any
     needs: dict[str, Any] = {}

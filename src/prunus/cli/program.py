@@ -1,6 +1,6 @@
 """The command line: a file for each group of commands. What a command does is in the rooms below.
 
-change.py          prune, compress, shrink, plan, recover
+write_model.py     prune, compress, shrink, plan, recover
 plan.py            what plan does, also for Python
 evaluate.py        eval, inspect, sweep, report
 use.py             generate, import
@@ -23,11 +23,11 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from prunus.cli.change import compress, plan, prune, recover, shrink
 from prunus.cli.evaluate import evaluate, inspect, report, sweep
 from prunus.cli.flags import FLAGS, JSON, QUIET
 from prunus.cli.terminal import command, log
 from prunus.cli.use import generate, import_
+from prunus.cli.write_model import compress, plan, prune, recover, shrink
 from prunus.words import did_you_mean
 
 __all__ = ["app", "main"]

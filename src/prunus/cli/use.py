@@ -10,7 +10,7 @@ import typer
 from prunus.cli.flags import Model, opt, with_flags
 from prunus.cli.terminal import note, print_text, write_json
 from prunus.evaluation.eval_options import WritingOptions
-from prunus.model.formats import refuse_packed
+from prunus.model.formats import reader_of
 
 
 @with_flags(WritingOptions)
@@ -60,7 +60,7 @@ def import_(
     """
     from prunus.formats.gguf.import_checkpoint import import_gguf
 
-    refuse_packed(file)
+    reader_of(file)  # a packed folder of an earlier version is refused
     summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
     write_json(summary)
     print_text(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")

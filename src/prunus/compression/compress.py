@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from prunus.compression.type_rounding import try_types, type_rounding
+from prunus.engine.command import Run, run_verb
 from prunus.engine.forecast import Trial
+from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep
-from prunus.engine.linear_run import LinearCommand
 from prunus.engine.output import Rounding
 from prunus.engine.result import Result
-from prunus.engine.run import Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import shown_session

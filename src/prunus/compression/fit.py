@@ -7,8 +7,8 @@ from typing import Any
 
 from prunus.compression.compress import Compression
 from prunus.compression.type_rounding import size_plan_of
+from prunus.engine.command import run_verb
 from prunus.engine.linear_plan import LinearPlan
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.formats.codec import codec_for
 from prunus.formats.gguf.codec import GgufCodec, GgufPlan

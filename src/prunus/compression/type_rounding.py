@@ -23,13 +23,13 @@ from torch import Tensor
 
 from prunus.distributed import on_rank_0, tensors_from_rank_0
 from prunus.engine.block.change_block import BlockChanger
+from prunus.engine.calibration_windows import calibration_windows
+from prunus.engine.command import Run
 from prunus.engine.folder import ResultFolder
 from prunus.engine.forecast import Trial, two_blocks
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.output import Rounding
 from prunus.engine.result import MEASUREMENT
-from prunus.engine.run import Run
-from prunus.engine.run_windows import calibration_windows
 from prunus.engine.session import Session, shown_session
 from prunus.formats.codec import Codec
 from prunus.methods.statistics import InputStatistics

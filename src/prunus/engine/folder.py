@@ -45,8 +45,7 @@ from prunus.model.checkpoint.output_folder import (
     holds_result,
 )
 from prunus.model.checkpoint.tensor_files import INDEX_NAME, Checkpoint, Writable, save_safetensors
-from prunus.model.config import dense_config, quantization, read_config
-from prunus.model.source import tensors_digest
+from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.options import Options
 
 _Record = TypeVar("_Record", bound=RunRecord)
@@ -196,7 +195,9 @@ class ResultFolder:
             shard is preceded by a check that its files did not change. None if there is none.
     """
 
-    def __init__(self, folder: Path, record: RunRecord, source: Checkpoint | None = None) -> None:
+    def __init__(
+        self, folder: Path, record: RunRecord, source: CheckpointSource | None = None
+    ) -> None:
         self.folder, self.record, self.source = folder, record, source
 
     def save(self) -> None:
@@ -255,7 +256,7 @@ class ResultFolder:
                 `save_safetensors`.
         """
         if self.source is not None:
-            self.source.check_unchanged()
+            self.source.checkpoint.check_unchanged()
         self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
 
     def finish(
@@ -279,9 +280,9 @@ class ResultFolder:
         """
         folder = self.folder
         if self.source is not None:
-            here = self.source.folder
-            if config is None and quantization(read_config(here / "config.json")):
-                config = dense_config(here)
+            opened, here = self.source.folder, self.source.folder.path
+            if config is None and opened.quantization:
+                config = opened.dense_config
             for path in auxiliary_files(here, code=code):
                 if path.name not in RECORD_FILES and (config is None or path.name != "config.json"):
                     copy_companion(path, folder / path.name)
@@ -323,7 +324,7 @@ class BlockFolder(ResultFolder):
         plan: RunPlan,
         made_from: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(folder, record, plan.checkpoint.checkpoint)
+        super().__init__(folder, record, plan.checkpoint)
         self.plan = plan
         self.made_from = range(len(plan.skeleton)) if made_from is None else made_from
 

@@ -30,12 +30,12 @@ from prunus.distributed import ranks
 from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.block.dense_stream import DenseStream
 from prunus.engine.block.linear import LinearRounding
+from prunus.engine.calibration_windows import run_tokenizer, windows_source
 from prunus.engine.linear_plan import LinearPlan, LinearSelection
 from prunus.engine.linear_record import ReconstructionRecord
 from prunus.engine.loop import read_block
 from prunus.engine.reconstruction.reconstruct_block import default_schedule, split_batches
 from prunus.engine.reconstruction.train import validations
-from prunus.engine.run_windows import run_tokenizer, windows_source
 from prunus.engine.session import SILENT
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.kinds import IMAGES
@@ -71,10 +71,10 @@ def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> 
         None if nothing is known: of runs on a GPU or of several processes, of images or a loaded
         model, that prune the head or pass twice, and where the trial fails.
     """
-    recipe, training = plan.recipe, plan.recipe.training
+    recipe, extras = plan.recipe, plan.recipe.extras
     unknown = plan.device.type != "cpu" or ranks().size > 1 or isinstance(plan.source, ModuleSource)
-    special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs" or training.head
-    if unknown or special or training.two_passes or max(plan.memory.stored) > _MOST_BYTES:
+    special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs" or extras.head
+    if unknown or special or extras.two_passes or max(plan.memory.stored) > _MOST_BYTES:
         return None
     started = time.perf_counter()
     # What is wrong with weights, files or memory is found and said by the run itself.
@@ -123,7 +123,7 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
             started = time.perf_counter()
             block = read_block(plan, index, {})
             read = (time.perf_counter() - started) / stored[index]
-            record: Any = changer.make(index, block).record
+            record: Any = changer.change_block(index, block).record
             method = sum(linear.seconds for linear in record.linears.values())
             trained, walked = 0.0, record.seconds - method
             if record.reconstruction is not None:
@@ -143,7 +143,7 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
 def _training(plan: LinearPlan, index: int, record: ReconstructionRecord, batches: int) -> float:
     """Seconds of the training of a block in the run, whose trial trained on `batches` batches."""
     tokens, hidden = plan.skeleton.window_shape(index, plan.recipe.seqlen)
-    by_logits, given = plan.skeleton.is_in_front_of_head(index), plan.recipe.training.epochs
+    by_logits, given = plan.skeleton.is_in_front_of_head(index), plan.recipe.extras.epochs
 
     def epochs(by_token: bool, count: int) -> int:
         chosen = default_schedule(plan.batch * tokens, hidden, by_token, count, by_logits)

@@ -24,17 +24,17 @@ SELECTION = "Allocation and selection"
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """What a run does beside changing each linear once, as the engine asks for it.
+class ExtraSteps:
+    """What a run does beside changing each linear of the blocks once.
 
     Attributes:
-        blocks: The blocks whose remaining weights are trained towards the dense model.
+        reconstruct: The blocks whose remaining weights are trained towards the dense model.
         epochs: The epochs of that training; None chooses them by the number of tokens.
         two_passes: Whether windows run twice through each block, as in the original code of Wanda.
         head: Whether the output head is pruned too.
     """
 
-    blocks: Literal["none", "last", "all"] = "none"
+    reconstruct: Literal["none", "last", "all"] = "none"
     epochs: int | None = None
     two_passes: bool = False
     head: bool = False
@@ -94,9 +94,9 @@ class LinearOptions(UpdateOptions, WindowOptions):
         """
 
     @property
-    def training(self) -> TrainingPlan:
+    def extras(self) -> ExtraSteps:
         """What only prune does; its recipe has options for it."""
-        return TrainingPlan()
+        return ExtraSteps()
 
     @property
     def measures(self) -> Literal["nothing", "loss", "inputs"]:

@@ -3,7 +3,7 @@
 Whatever would make a run fail later fails in `plan_run`. The command hands it what it alone knows:
 
     LinearStep       how each linear is changed
-    Storage          how the result is stored; the base class stores plain tensors
+    Storage          how the result is stored
 
 and gets back
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,8 @@ class LinearSelection(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How a result stores its linears, as far as a plan must know: here as plain tensors.
+class Storage(ABC):
+    """How a result stores its linears, as far as a plan must know.
 
     Attributes:
         source: The dense weights.
@@ -108,24 +109,23 @@ class Storage:
     copies: int = 1
     first_share: float = 0.0
 
+    @abstractmethod
     def file_bytes(self, choice: Any = None) -> int:
         """Bytes of the weights of the result; `choice` has types, if they are chosen already."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
     def describe(self, choice: Any = None) -> dict[str, object]:
         """What a plan shows of it, as JSON values."""
         return {}
 
+    @abstractmethod
     def card(self, record: Any) -> str:
         """The model card, README.md, of a run with this record."""
-        raise NotImplementedError(f"{type(self).__name__} has no card")
 
+    @abstractmethod
     def config(self, record: Any) -> Mapping[str, object] | None:
         """The content of config.json; None for that of the source."""
-        return None
 
+    @abstractmethod
     def note_size(self, record: Any, written: Checkpoint) -> None:
         """Enter into the record what takes the bytes of the shards that were written."""
 
@@ -263,7 +263,7 @@ class LinearPlan(RunPlan):
     def walks(self) -> list[Walk]:
         """How the windows run through each block; the published procedure passes twice."""
         walks = super().walks
-        return ["two_pass"] * len(walks) if self.recipe.training.two_passes else walks
+        return ["two_pass"] * len(walks) if self.recipe.extras.two_passes else walks
 
     def measuring_bytes(self) -> int:
         """Bytes of what is measured before the first block; 0 without a measurement."""
@@ -320,7 +320,7 @@ class LinearPlan(RunPlan):
         the widest linear.
         """
         method = self.method
-        trained = self.recipe.training.blocks
+        trained = self.recipe.extras.reconstruct
         if trained == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
@@ -336,18 +336,18 @@ class LinearPlan(RunPlan):
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are trained after they are pruned; None where none is."""
-        training = self.recipe.training
-        if training.blocks == "none":
+        extras = self.recipe.extras
+        if extras.reconstruct == "none":
             return None
         dtype = training_dtype(self.device, self.dtype)
-        return ReconstructionSettings(training.epochs, dtype, last_only=training.blocks == "last")
+        return ReconstructionSettings(extras.epochs, dtype, last_only=extras.reconstruct == "last")
 
     def extra_bytes(self, index: int) -> int:
         """Bytes of what two passes and dense targets need while block `index` is pruned."""
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
-        if self.needs == "gram" and self.recipe.training.two_passes:
+        if self.needs == "gram" and self.recipe.extras.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
         return extra
@@ -431,9 +431,25 @@ def plan_run(
         ValueError, FileNotFoundError, NotImplementedError, OSError: The run would fail; says what
             was given, what is wrong and what to do.
     """
-    method, pattern = step.method, step.work.pattern
     opened = open_model(model, options, session)
-    if recipe.training.head:
+    step, storage = _changes_of(opened, recipe, step, storage_of, fit)
+    plan = _decided_plan(opened, recipe, options, step, storage, decided_dtype)
+    _check_order_of_windows(plan)
+    plan = _with_memory(plan)
+    _check_measurement(plan)
+    return plan
+
+
+def _changes_of(
+    opened: OpenModel,
+    recipe: LinearOptions,
+    step: LinearStep,
+    storage_of: Callable[[OpenModel, LinearSelection], Storage],
+    fit: Fit | None,
+) -> tuple[LinearStep, Storage]:
+    """How the linears that the recipe selects are changed and stored; see `plan_run`."""
+    pattern = step.work.pattern
+    if recipe.extras.head:
         head = opened.skeleton.head()
         check_shape(pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, pattern)
@@ -443,7 +459,20 @@ def plan_run(
     if isinstance(opened.source, CheckpointSource) and "the checkpoint" not in storage.unmatched:
         # Blocks for further tokens (MTP), which no model of transformers has, stay as they are.
         storage.selection.left_dense.update(opened.source.unused)
-    trains = "" if recipe.training.blocks == "none" else "reconstruction"
+    return step, storage
+
+
+def _decided_plan(
+    opened: OpenModel,
+    recipe: LinearOptions,
+    options: RunOptions,
+    step: LinearStep,
+    storage: Storage,
+    decided_dtype: str | None,
+) -> LinearPlan:
+    """The plan with statistics, dtype and batches, but not yet with memory; see `plan_run`."""
+    method = step.method
+    trains = "" if recipe.extras.reconstruct == "none" else "reconstruction"
     needs: Needs = "gram" if options.measure_error else method.needs
     walks = needs != "none" or trains != "" or recipe.measures == "inputs"
     window_tokens = opened.skeleton.window_shape(0, recipe.seqlen)[0]
@@ -458,29 +487,35 @@ def plan_run(
         adds_ridge=method.adds_ridge or method.needs != "gram",
         decided_dtype=decided_dtype,
     )
-    plan = LinearPlan(
+    return LinearPlan(
         **facts,
         walks_windows=walks,
         batch=windows_per_batch(recipe.samples, window_tokens, recipe.batch or batch, trains),
         storage=storage,
         step=step,
     )
-    if plan.processes > 1 and recipe.training.two_passes and method.has_reference_order:
+
+
+def _check_order_of_windows(plan: LinearPlan) -> None:
+    """Raise a ValueError if several processes cannot keep the original's order of operations."""
+    if plan.processes > 1 and plan.recipe.extras.two_passes and plan.method.has_reference_order:
         raise ValueError(
-            f"`propagate` block keeps the original's order of operations for {method.name}, "
+            f"`propagate` block keeps the original's order of operations for {plan.method.name}, "
             f"window after window: {plan.processes} processes cannot share that. Leave it out, or "
             "run one process"
         )
-    plan = _with_memory(plan)
+
+
+def _check_measurement(plan: LinearPlan) -> None:
+    """Raise a ValueError if the measurement before the first block does not fit in memory."""
     measured, held = plan.measuring_bytes(), process_memory()
     if plan.memory.budget < measured:
         raise ValueError(
             "measuring how the loss depends on each linear needs "
             f"{(measured + held) / 1e9:.2f} GB; the memory budget is "
             f"{(plan.memory.budget + held) / 1e9:.2f} GB. Raise `memory`"
-            + (", or choose allocation uniform" if step.rule != "uniform" else "")
+            + (", or choose allocation uniform" if plan.step.rule != "uniform" else "")
         )
-    return plan
 
 
 def _with_memory(plan: LinearPlan) -> LinearPlan:

@@ -66,10 +66,10 @@ class BlockStep(Protocol):
     `position` counts the blocks of the result from 0.
     """
 
-    def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def propagate(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished."""
 
-    def make(self, position: int, stored: StoredBlock) -> FinishedBlock:
+    def change_block(self, position: int, stored: StoredBlock) -> FinishedBlock:
         """Run the windows through a block of the source and change it."""
 
 
@@ -150,14 +150,14 @@ def run_blocks(
             f"{about(rest)}, after the windows have passed through those that are kept"
         )
     for position in range(taken):
-        step.take(position, output.read_block(position))
+        step.propagate(position, output.read_block(position))
         report(position, "taken from the earlier run")
     making = time.perf_counter() - started
     left = range(taken, total)
     with background_writes(plan.memory.overlaps) as submit:
         blocks = read_ahead(left, read, plan.memory.overlaps)
         for position, stored in zip(left, blocks, strict=True):
-            block = step.make(position, stored)
+            block = step.change_block(position, stored)
             if position >= finished:
                 submit(functools.partial(output.write_block, position, block))
             if ranks().size > 1 or not plan.keeps_freed_memory:

@@ -16,18 +16,18 @@ from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import fail_together, ranks, set_location
-from prunus.engine.memory_plan import Memory
+from prunus.engine.block_memory import Memory
+from prunus.engine.calibration_windows import check_inputs
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.run_record import RunRecord, Walk
-from prunus.engine.run_windows import check_inputs
 from prunus.engine.session import Session
 from prunus.hardware.machine import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of
 from prunus.model.checkpoint.output_folder import check_companions, check_disk
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.device import DTYPES, choose_device
 from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton
@@ -57,7 +57,8 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
     else:
-        source, name = CheckpointSource(resolve_folder(model, session.tell), trust), str(model)
+        source = CheckpointSource(open_folder(model, trust, session.tell))
+        name = str(model)
         check_companions(source.checkpoint.folder, trust)
     skeleton = Skeleton(source.config, source.stored_dtype, trust)
     source.bind(skeleton)

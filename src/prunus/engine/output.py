@@ -145,7 +145,7 @@ class ShardFolder(BlockFolder):
         # The hashes of what lies outside the blocks were taken just now, and embedding reads it
         # next. Copied now, it is read from the disk only once. A pruned head is not known yet.
         is_plain = self.rounding is None or self.rounding.outside is None
-        if is_plain and not self.plan.recipe.training.head:
+        if is_plain and not self.plan.recipe.extras.head:
             on_rank_0(lambda: self.write_outside({}))
 
     def write_outside(

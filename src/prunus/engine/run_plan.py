@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunus.engine.memory_plan import (
+from prunus.engine.block_memory import (
     CHUNK_TOKENS,
     BlockMemory,
     Memory,

@@ -15,7 +15,7 @@ import torch
 
 from prunus.calibration.windows import check_ids
 from prunus.evaluation.eval_options import WritingOptions
-from prunus.evaluation.model_input import find_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
@@ -65,7 +65,8 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
-    writing, folder = WritingOptions.read(None, options), find_folder(model, progress)
+    writing, folder = WritingOptions.read(None, options), open_folder(model, say=progress)
+    folder.require_config()
     tokenizer = load_tokenizer(folder)
     if chat:
         if not getattr(tokenizer, "chat_template", None):

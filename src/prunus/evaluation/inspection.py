@@ -21,12 +21,12 @@ from torch import nn
 from prunus.document import Table, table_of
 from prunus.engine.linear_record import mean_bits
 from prunus.evaluation.eval_records import ModelSize
-from prunus.evaluation.model_input import find_folder
 from prunus.formats.codec import Codec
 from prunus.hardware.numerics import check_finite
 from prunus.model.checkpoint.files import verify_shards
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder, unpacked
 from prunus.model.formats import reader_of
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
@@ -36,6 +36,7 @@ from prunus.pruning.masks import (
     masks,
     open_weights,
     stored_linears,
+    zeros_of,
 )
 
 #: The patterns that are checked, the strictest first.
@@ -217,22 +218,24 @@ def inspect(
             unknown kind, or has no record to compare with.
     """
     verified, audits = None, _audits(model, other)
+    opened: OpenFolder | nn.Module
     types: dict[str, tuple[str, float]] = {}
     pruned = frozenset[str]()
     other_name = str(other) if isinstance(other, str | Path) else other and type(other).__name__
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
-        name = type(model).__name__
+        name, opened = type(model).__name__, model
     else:
         name = str(model)
-        kind = reader_of(name)
+        folder = open_folder(model, trust_remote_code, unpacks=False)
+        kind = folder.format
         if kind is not None and verify and Path(name).is_file():
             raise ValueError(f"{model} is one file, which has no shards to compare")
         record = (kind or Codec).read_record(Path(name))
         types = {} if record is None else record.stored_types
         # What is unpacked has other shards.
-        stored = Path(name) if kind else resolve_folder(model)
+        stored = folder.path
         verified = verify_shards(stored) if verify else None
         if (stored / Manifest.FILE).is_file():
             blocks_of_run = Manifest.load(stored).blocks
@@ -242,16 +245,16 @@ def inspect(
         if len(audits) > 1:
             return held
         try:
-            model = resolve_folder(model)
+            opened = unpacked(folder)
         except ValueError as fault:
             if not audits or other is not None:
                 raise
             return replace(held, unread=str(fault))
+    source, skeleton = open_weights(opened, trust_remote_code)
     compared = {}
     if other is not None:
-        one, two = (masks(x, trust_remote_code=trust_remote_code) for x in (model, other))
-        compared = compare_masks(one, two)
-    source, skeleton = open_weights(model, trust_remote_code)
+        others = masks(other, trust_remote_code=trust_remote_code)
+        compared = compare_masks(zeros_of(source, skeleton), others)
     linears = tuple(_linears(source, skeleton, types))
     dense = dict(each for x in range(len(skeleton)) for each in skeleton.left_dense(x).items())
     found = (name, len(skeleton), linears, dense, verified, other_name, compared, audits)
@@ -312,20 +315,20 @@ def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def stored_size(model: str | Path, trust_remote_code: bool = False) -> ModelSize:
+def stored_size(folder: OpenFolder) -> ModelSize:
     """The size of a checkpoint or a file as it is stored. Reads headers only."""
-    if (kind := reader_of(model)) is not None:
-        path = Path(model)
-        nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
+    stored = folder.made_from or folder
+    path, kind = stored.path, stored.format
+    nbytes = file_bytes(path) if path.is_dir() else path.stat().st_size
+    if kind is not None:
         return ModelSize(nbytes, (audit := kind.audit(path)) and audit.bits.get("linears"))
-    folder = find_folder(model)
-    return ModelSize(file_bytes(folder), _stored_bits(folder, trust_remote_code))
+    return ModelSize(nbytes, _stored_bits(folder))
 
 
-def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
+def _stored_bits(folder: OpenFolder) -> float | None:
     """Bits per weight; None for models that prunus cannot take apart."""
     try:
-        source, skeleton = open_weights(folder, trust_remote_code)
+        source, skeleton = open_weights(folder, folder.trust_remote_code)
     except (ValueError, FileNotFoundError, NotImplementedError):
         return None
     assert isinstance(source, CheckpointSource)

@@ -18,21 +18,18 @@ from torch import nn
 from prunus.distributed import fail_together
 from prunus.hardware.machine import describe_hardware, versions
 from prunus.hardware.numerics import check_finite
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.checkpoint.tensor_files import INDEX_NAME
-from prunus.model.config import load_config, require_config
 from prunus.model.device import DTYPES
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import (
     Vocabulary,
     check_same_vocabulary,
     load_tokenizer,
     tokenizer_of_loaded,
 )
-
-#: Folder of a checkpoint -> its files -> size in bytes and time of the last change.
-FileStates = dict[Path, dict[Path, tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,6 @@ class ComputeOptions:
     device: torch.device
     #: Budget in bytes for the whole process; None takes what is free.
     memory: int | None = None
-    #: Whether code that comes with a checkpoint may run.
-    trust_remote_code: bool = False
 
     def protocol(self, batch: int | str, loaded: Any = None) -> dict[str, Any]:
         """How a model is evaluated: hardware, versions, dtype and batch, as values for JSON.
@@ -58,21 +53,6 @@ class ComputeOptions:
         return describe_hardware(self.device) | of_model
 
 
-def find_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of a checkpoint; a hub id is downloaded, a GGUF file unpacked.
-
-    Args:
-        model: A folder, a GGUF file or a hub id.
-        say: Called with a line of text before a GGUF file is read; None to be silent.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor a hub id, or the folder holds no model.
-    """
-    folder = resolve_folder(model, say)
-    require_config(folder)
-    return folder
-
-
 @dataclass(frozen=True)
 class ModelInput:
     """A causal language model to evaluate, in a folder or loaded; `find_model` creates it."""
@@ -80,7 +60,7 @@ class ModelInput:
     #: What the caller calls it.
     name: str
     #: The checkpoint; None for a loaded model.
-    folder: Path | None
+    folder: OpenFolder | None
     #: The loaded model; None for a folder.
     loaded: Any
     #: Whether code that comes with the checkpoint may run.
@@ -91,16 +71,13 @@ class ModelInput:
         """Number of tokens that the model knows; None if its configuration does not say."""
         if self.folder is None:
             return int(self.loaded.get_input_embeddings().num_embeddings)
-        config = load_config(self.folder, self.trust_remote_code).get_text_config()
-        size = getattr(config, "vocab_size", None)
-        return size if isinstance(size, int) else None
+        return self.folder.vocabulary
 
     def load(self, compute: ComputeOptions) -> Any:
         """The whole model: a loaded one as it is, that of a folder on the device of `compute`."""
         if self.folder is None:
             return self.loaded
-        dtype = DTYPES.get(compute.dtype, "auto")
-        return load_model(self.folder, dtype, compute.trust_remote_code).to(compute.device)
+        return load_model(self.folder, DTYPES.get(compute.dtype, "auto")).to(compute.device)
 
     def tokenizer(self, chosen: Any = None) -> Any:
         """The tokenizer: the one that the caller chose, or that of the model's folder.
@@ -111,7 +88,7 @@ class ModelInput:
         if chosen is not None:
             return chosen
         if self.folder is not None:
-            return load_tokenizer(self.folder, self.trust_remote_code)
+            return load_tokenizer(self.folder)
         try:
             return tokenizer_of_loaded(self.loaded, self.trust_remote_code)
         except (ValueError, FileNotFoundError) as fault:
@@ -128,7 +105,7 @@ def find_model(
 
     Args:
         model: A folder, a GGUF file, a hub id, or a loaded transformers model, whose weights must
-            be numbers.
+            be numbers. What was found before is returned as it is.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         say: Called with a line of text before a GGUF file is read; None to be silent.
 
@@ -136,12 +113,14 @@ def find_model(
         FileNotFoundError, ValueError: There is no such model, or its configuration is damaged.
         NotImplementedError: It is not a causal language model.
     """
+    if isinstance(model, ModelInput):
+        return model
     if isinstance(model, nn.Module):
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         check_finite(dict(model.named_parameters()), f"{name}: ")
         return ModelInput(name, None, model, trust_remote_code)
-    folder = find_folder(model, say)
-    require_causal(load_config(folder, trust_remote_code), "scoring on text")
+    folder = open_folder(model, trust_remote_code, say)
+    require_causal(folder.config, "scoring on text")
     return ModelInput(str(model), folder, None, trust_remote_code)
 
 
@@ -165,17 +144,17 @@ def check_reference(model: ModelInput, reference: ModelInput) -> None:
         ValueError: They do not.
     """
     first, second = (
-        Vocabulary(name, one.vocabulary, one.folder, one.trust_remote_code)
+        Vocabulary(name, one.vocabulary, one.folder)
         for name, one in ((f"the reference {reference.name}", reference), (model.name, model))
     )
     remedy = "give a reference with the same vocabulary, such as the dense model"
     check_same_vocabulary(first, second, remedy)
 
 
-def _states(folder: Path) -> dict[Path, tuple[int, int]]:
+def _states(folder: OpenFolder) -> dict[Path, tuple[int, int]]:
     """The files of one checkpoint that decide its figures."""
-    names = ("config.json", INDEX_NAME)
-    paths = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names)]
+    index = folder.path / INDEX_NAME
+    paths = [*sorted(folder.path.glob("*.safetensors")), folder.config_path, index]
     return {
         path: (state.st_size, state.st_mtime_ns)
         for path in paths
@@ -184,7 +163,7 @@ def _states(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def unchanged(*folders: Path | None) -> Iterator[None]:
+def unchanged(*folders: OpenFolder | None) -> Iterator[None]:
     """A `with` block that fails on all processes if a file was changed, added or removed meanwhile.
 
     Args:

@@ -50,8 +50,8 @@ from prunus.calibration.windows import (
     used_bos,
 )
 from prunus.distributed import fail_together, set_location
+from prunus.engine.calibration_windows import given_windows
 from prunus.engine.progress import shows_progress, window_step
-from prunus.engine.run_windows import given_windows
 from prunus.evaluation.eval_options import PROTOCOLS, Protocol, TextOptions
 from prunus.evaluation.eval_records import ALL_TEXTS, PerplexityResult, WorstToken
 from prunus.evaluation.metrics import exponential
@@ -198,7 +198,7 @@ def _side_by_side(
     batch = 1 if chosen.batch == "auto" else chosen.batch
     loaded = next((model.loaded for model in inputs if model.folder is None), None)
     device = choose_device(chosen.device, loaded)
-    compute = ComputeOptions(chosen.dtype, device, chosen.memory, chosen.trust_remote_code)
+    compute = ComputeOptions(chosen.dtype, device, chosen.memory)
     if compared is not None:
         for model in inputs:
             check_reference(model, compared)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.memory_plan import transient_bytes
+from prunus.engine.block_memory import transient_bytes
 from prunus.evaluation.model_input import ComputeOptions
 from prunus.evaluation.window_scores import ROWS, Rows, WindowProgress
 from prunus.hardware.machine import (
@@ -28,16 +28,16 @@ from prunus.hardware.machine import (
     memory_budget,
     process_memory,
 )
-from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import DTYPES
 from prunus.model.linears import is_tied
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import HiddenStates, StatesPlace, Stream
 
 
 def choose_streamed(
-    folders: Sequence[Path | None], stream: bool | None, tokens: int, options: ComputeOptions
+    folders: Sequence[OpenFolder | None], stream: bool | None, tokens: int, options: ComputeOptions
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
@@ -63,10 +63,10 @@ def choose_streamed(
     can_stream = [reason is None for reason in reasons]
     if stream:
         for folder, reason in zip(folders, reasons, strict=True):
-            if reason:
+            if folder is not None and reason:
                 raise ValueError(
-                    f"{folder} {reason} is scored with the whole model in memory; leave `stream` "
-                    "out"
+                    f"{folder.path} {reason} is scored with the whole model in memory; leave "
+                    "`stream` out"
                 )
         return can_stream
     need = process_memory() if options.device.type == "cpu" else 0
@@ -84,21 +84,20 @@ def choose_streamed(
     return [reads and not fits for reads in can_stream]
 
 
-def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
+def whole_bytes(folder: OpenFolder, tokens: int, options: ComputeOptions) -> int:
     """Memory in bytes of a whole model: weights, and logits of `tokens`."""
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     # Quantised weights keep their stored form in memory.
     quantized = whole_only(folder) is not None
     dtype = DTYPES.get(options.dtype)
-    config = load_config(folder, options.trust_remote_code).get_text_config()
     logits = _logits_bytes(
-        int(getattr(config, "vocab_size", 0) or 0),
+        folder.vocabulary or 0,
         tokens,
         (torch.float32 if quantized or dtype is None else dtype).itemsize,
     )
     if quantized:
         return stored + logits
-    for info in open_checkpoint(folder).tensors.values():
+    for info in folder.checkpoint.tensors.values():
         loaded = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
         logits += math.prod(info.shape) * loaded.itemsize
     return logits
@@ -110,9 +109,9 @@ def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
     return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
-def whole_only(folder: Path) -> str | None:
+def whole_only(folder: OpenFolder) -> str | None:
     """Why a model cannot be read block by block, as the start of a clause; None if it can."""
-    return "is quantised, which" if is_foreign(folder) else None
+    return "is quantised, which" if folder.is_foreign else None
 
 
 class StreamedModel:
@@ -137,12 +136,12 @@ class StreamedModel:
         NotImplementedError: The model is not a row of blocks.
     """
 
-    def __init__(self, folder: Path, options: ComputeOptions) -> None:
-        self.source = CheckpointSource(folder, options.trust_remote_code)
+    def __init__(self, folder: OpenFolder, options: ComputeOptions) -> None:
+        self.source = CheckpointSource(folder)
         default = getattr(self.source.config, "dtype", None)
         default = default if isinstance(default, torch.dtype) else self.source.stored_dtype
         self.dtype = DTYPES.get(options.dtype, default)
-        self.skeleton = Skeleton(self.source.config, self.dtype, options.trust_remote_code)
+        self.skeleton = Skeleton(self.source.config, self.dtype, folder.trust_remote_code)
         self.source.bind(self.skeleton)
         self.model = self.skeleton.model
         self.device = options.device

@@ -154,7 +154,7 @@ def _score(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     device = choose_device(chosen.device, model.loaded)
     batch = _CPU_BATCH if chosen.batch == "auto" and device.type == "cpu" else chosen.batch
-    compute = ComputeOptions(chosen.dtype, device, trust_remote_code=chosen.trust_remote_code)
+    compute = ComputeOptions(chosen.dtype, device)
     with unchanged(model.folder), TemporaryDirectory() as folder, _silent(progress):
         tracker = EvaluationTracker(output_path=folder)
         lm = HFLM(model.load(compute), tokenizer=tokenizer, backend="causal", batch_size=batch)

@@ -32,7 +32,6 @@ import torch
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers, scaled
 from prunus.formats.codec import Codec
 from prunus.model.checkpoint.quantized import FP4_BY_CODE
-from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
@@ -288,7 +287,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         "ignore": sorted(set(dense)),
     }
     return {
-        **dense_config(source.checkpoint.folder),
+        **source.folder.dense_config,
         # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
         **({} if is_tied(model) else {"tie_word_embeddings": False}),
         "quantization_config": described,

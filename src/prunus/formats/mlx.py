@@ -26,7 +26,6 @@ import torch
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
-from prunus.model.config import dense_config
 from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
@@ -188,7 +187,7 @@ def _types(request: PlanRequest, name: str) -> list[BlockType]:
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
     """The config.json of the source, with bits and groups of every module."""
     source = plan.request.source
-    config = dense_config(source.checkpoint.folder)
+    config = source.folder.dense_config
     described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
     for key, kind in sorted((source.weight_key(name), kind) for name, kind in kinds.items()):
         bits = int(math.log2(len(kind.values)))

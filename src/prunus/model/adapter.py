@@ -18,8 +18,8 @@ import torch
 from prunus.hardware.process_state import no_warnings
 from prunus.model.checkpoint.files import write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
-from prunus.model.checkpoint.resolve import CONFIG_NAME
 from prunus.model.checkpoint.tensor_files import save_safetensors
+from prunus.model.open_folder import ADAPTER_CONFIG
 from prunus.words import require_library
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -90,7 +90,7 @@ def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
         key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
     # The configuration comes last: a folder that has it is a whole adapter.
-    write_json(folder / CONFIG_NAME, content)
+    write_json(folder / ADAPTER_CONFIG, content)
     return {WEIGHTS_NAME: digest}
 
 

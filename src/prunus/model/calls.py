@@ -108,7 +108,10 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
 
 
 class StopForward(BaseException):
-    """Ends the forward of a model early: nothing is needed of what follows."""
+    """A hook or a stub raises it to end a forward pass whose rest nobody needs.
+
+    It derives from BaseException, so that no `except Exception` in a model's code catches it.
+    """
 
 
 class BlockStubs:

@@ -5,8 +5,8 @@ transformers spend that memory when they only read the configuration: they make 
 per layer. So every number in the file is compared with what the checkpoint stores, whatever its
 name and however deep it is nested. Names only decide which limit a number has.
 
-Outline: `StoredSizes` and the limits; `load_config` and the checks of files; and at the end the
-functions that make the configuration of a smaller model.
+Outline: `StoredSizes` and the limits; the checks of files; and at the end the functions that make
+the configuration of a smaller model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoConfig
-
-from prunus.model.checkpoint.files import read_json, write_json
-from prunus.model.checkpoint.quantization_config import method_of
-from prunus.model.checkpoint.quantized import METHODS, DenseCheckpoint
+from prunus.model.checkpoint.files import parse_json, read_limited, write_json
 from prunus.model.checkpoint.tensor_files import Checkpoint
-from prunus.model.formats import refuse_packed
-from prunus.words import reason
 
 _MAX_DEPTH = 32  # of lists and objects in each other
 _MAX_LIST = 10_000  # entries; transformers may repeat a list once per layer
@@ -66,10 +58,6 @@ _RULES = {
 }
 # The number of a layer or an expert inside a tensor's name.
 _NUMBERED = re.compile(r"\.(\d+)(?=\.)")
-
-# How the names of weights end, and the dtypes in which they are plain numbers.
-_WEIGHTS = (".weight", "_proj")
-_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: The fields for the number of experts per block, in the order in which they are tried.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -137,127 +125,7 @@ class StoredSizes:
 
 
 #: The sizes of a folder without weights, such as that of a tokenizer. No model is built from it.
-_NO_WEIGHTS = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
-
-
-def require_config(folder: Path) -> None:
-    """Raise FileNotFoundError unless a folder has a config.json."""
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; is it a Hugging Face checkpoint folder?"
-            if not (folder / "adapter_config.json").exists()
-            else f"{folder} holds an adapter: merge it into its base model with peft's "
-            "`merge_and_unload`, save the result with its tokenizer, and give that"
-        )
-
-
-def quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """How a config.json says that the weights are quantised; empty for a dense checkpoint."""
-    described = config.get("quantization_config")
-    return described if isinstance(described, dict) else {}
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether the weights of a folder are quantised in a way that only other programs read."""
-    if not (described := quantization(read_config(folder / "config.json"))):
-        return False
-    return method_of(described) not in METHODS
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a folder; quantised ones as the dense weights, expanded when they are read.
-
-    They have the dtype that config.json names, or bfloat16.
-
-    Raises:
-        FileNotFoundError, ValueError: As `Checkpoint`, or the weights are quantised in a way that
-            prunus does not read, or not as config.json says.
-    """
-    require_config(folder)
-    refuse_packed(folder)
-    checkpoint, config = Checkpoint(folder), read_config(folder / "config.json")
-    if not (described := quantization(config)):
-        return checkpoint
-    names = {str(config.get(field)) for field in ("dtype", "torch_dtype")}
-    dtype = next((x for x in _NUMBERS if str(x).removeprefix("torch.") in names), torch.bfloat16)
-    return DenseCheckpoint(checkpoint, described, dtype)
-
-
-def dense_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json for the dense weights of a folder."""
-    config = read_config(folder / "config.json")
-    config.pop("quantization_config", None)
-    return config
-
-
-def load_config(
-    folder: Path, trust_remote_code: bool = False, checkpoint: Checkpoint | None = None
-) -> Any:
-    """The transformers configuration of the dense form of a folder, after its numbers are checked.
-
-    Args:
-        folder: A checkpoint.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
-        checkpoint: The weights of the folder, if they are open already.
-
-    Raises:
-        FileNotFoundError: The folder has no config.json.
-        ValueError: The file is damaged or asks for more than the weights hold, transformers knows
-            no such model, or the checkpoint is packed.
-    """
-    require_config(folder)
-    refuse_packed(folder)
-    check_config(folder, checkpoint)
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as fault:  # transformers raises errors of many kinds for a damaged file
-        raise ValueError(
-            f"{folder / 'config.json'} describes no model that transformers "
-            f"{transformers.__version__} knows: {reason(fault)}"
-        ) from fault
-    # A class may have changed other fields, but this one is as in the file.
-    of_weights = {"quantization_config": vars(config).pop("quantization_config", None)}
-    if checkpoint is not None or not quantization(of_weights):
-        _check_dtypes(folder, checkpoint)
-    return config
-
-
-def _check_dtypes(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Check that weights are stored as numbers, where no configuration says what codes mean.
-
-    Raises:
-        ValueError: A weight is stored in integers or in floats of 8 bits; names it.
-    """
-    if checkpoint is None and any(folder.glob("*.safetensors")):
-        checkpoint = Checkpoint(folder)
-    for name, info in checkpoint.tensors.items() if checkpoint else ():
-        if name.endswith(_WEIGHTS) and info.dtype not in _NUMBERS:
-            raise ValueError(
-                f"{folder} stores {name} as {str(info.dtype).removeprefix('torch.')}, and its "
-                "config.json has no quantization_config that says which weights these codes stand "
-                "for: give the model in bfloat16, float16 or float32"
-            )
-
-
-def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> None:
-    """Check the numbers in a folder's config.json against its weights.
-
-    Args:
-        folder: A checkpoint. One without config.json passes.
-        checkpoint: The weights of the folder, if they are open already.
-
-    Raises:
-        ValueError: The file is no JSON object or too deep, or a number in it exceeds all that the
-            checkpoint stores; the message names the field.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    content, stored = read_config(path), _sizes(folder, checkpoint)
-    for name, value in _numbers(path, content):
-        _check(path, name, value, stored)
+NO_WEIGHTS = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
 
 
 def check_processor_files(folder: Path) -> None:
@@ -270,7 +138,7 @@ def check_processor_files(folder: Path) -> None:
         path = folder / file
         if not path.exists():
             continue
-        for name, value in _numbers(path, read_config(path)):
+        for name, value in _numbers(path, parse_json(path, read_limited(path))):
             # Tokenizers say 1e30 where their length is unlimited. It sizes nothing.
             if value > largest and not re.search(r"max_len|length$|token_id|_pixels$", name):
                 raise ValueError(
@@ -279,26 +147,20 @@ def check_processor_files(folder: Path) -> None:
                 )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that describes a model.
+def check_numbers(path: Path, content: Mapping[str, Any], stored: StoredSizes) -> None:
+    """Check the numbers in a configuration against the weights next to it.
+
+    Args:
+        path: The file, for errors.
+        content: What it holds.
+        stored: What the checkpoint stores.
 
     Raises:
-        ValueError: The file is larger than `read_json` accepts, or no JSON object.
+        ValueError: It is nested too deep, or a number exceeds all that the checkpoint stores; names
+            the field.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object, as a configuration must be; copy it again")
-    return content
-
-
-def _sizes(folder: Path, checkpoint: Checkpoint | None) -> StoredSizes:
-    """The sizes of a folder's weights, which are opened unless `checkpoint` has them open."""
-    if checkpoint is None:
-        try:
-            checkpoint = Checkpoint(folder)
-        except FileNotFoundError:
-            return _NO_WEIGHTS
-    return StoredSizes.of(checkpoint)
+    for name, value in _numbers(path, content):
+        _check(path, name, value, stored)
 
 
 def _numbers(path: Path, content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:

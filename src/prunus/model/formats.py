@@ -6,7 +6,7 @@ The formats are a room above this one. Their table, `formats/table.py`, enters t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,28 +71,33 @@ def format_of(path: str | Path) -> FormatEntry | None:
     return next((entry for entry in FORMATS if entry.suffix and name.endswith(entry.suffix)), None)
 
 
-def reader_of(path: str | Path) -> Any:
+def reader_of(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
     """The class of the format that opens a path, where transformers cannot.
 
     None where no format claims it: for a folder of a checkpoint, a hub id, and what is not there.
 
+    Args:
+        path: The model.
+        config: The content of its config.json, empty without one; None reads it.
+
     Raises:
         ValueError: It is a packed folder of an earlier version.
     """
-    named, config = format_of(path), _config_of(Path(path))
-    refuse_packed(Path(path))
+    config = _config_of(Path(path)) if config is None else config
+    refuse_packed(Path(path), config)
+    named = format_of(path)
     entries = [named] if named else [x for x in FORMATS if isinstance(config.get(x.key), dict)]
     kinds = (entry.load() for entry in entries)
     return next((kind for kind in kinds if kind.owns(Path(path))), None)
 
 
-def refuse_packed(folder: Path) -> None:
+def refuse_packed(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a folder in the packed format, which versions before 0.4 wrote and ran.
 
     Raises:
         ValueError: It is one; says how to get a plain checkpoint.
     """
-    described = _config_of(folder).get("quantization_config")
+    described = config.get("quantization_config")
     if isinstance(described, dict) and described.get("quant_method") == "prunus":
         raise ValueError(f"{folder} is a packed model: {PACKED}")
 

@@ -15,12 +15,12 @@ import torch
 from prunus.hardware.numerics import check_finite
 from prunus.hardware.process_state import replaced
 from prunus.model.checkpoint.card import keep_records, records_of
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.checkpoint.tensor_files import DTYPE_CODES, Checkpoint
-from prunus.model.config import is_foreign, load_config, open_checkpoint
 from prunus.model.device import choose_device
-from prunus.model.kinds import IMAGES, Kind, kind_of
+from prunus.model.kinds import IMAGES
 from prunus.model.meta_model import build_on_meta
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
 from prunus.words import reason
 
@@ -66,33 +66,25 @@ def load(
         OSError: A file cannot be read, or the hub cannot be reached.
     """
     target = choose_device(device)
-    folder = resolve_folder(model)
-    kind = kind_of(load_config(folder, trust_remote_code))
-    read = load_image_processor if kind is IMAGES else load_tokenizer
+    folder = open_folder(model, trust_remote_code)
+    read = load_image_processor if folder.kind is IMAGES else load_tokenizer
     # The tokenizer comes first: what is wrong with it shows before the weights are read.
-    tokenizer = read(folder, trust_remote_code)
-    loaded = load_model(folder, dtype, trust_remote_code, kind=kind)
-    keep_records(loaded, records_of(folder))
+    tokenizer = read(folder)
+    loaded = load_model(folder, dtype)
+    keep_records(loaded, records_of(folder.path))
     return LoadedModel(loaded.to(target), tokenizer)
 
 
 def load_model(
-    folder: Path,
-    dtype: str | torch.dtype = "auto",
-    trust_remote_code: bool = False,
-    attention: str | None = None,
-    kind: Kind | None = None,
+    folder: OpenFolder, dtype: str | torch.dtype = "auto", attention: str | None = None
 ) -> Any:
     """The model of a checkpoint, in evaluation mode; safetensors only.
 
     Args:
         folder: A checkpoint.
         dtype: Dtype of weights and computation, or its name; "auto" is that of the checkpoint.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
         attention: One of transformers' implementations, which agree up to rounding; None for the
             default of transformers.
-        kind: The kind whose transformers class loads the model; None for what its configuration
-            says.
 
     Raises:
         ValueError: The model cannot be loaded, some of its weights are missing, or its
@@ -102,37 +94,35 @@ def load_model(
     """
     import transformers
 
-    config = load_config(folder, trust_remote_code)
-    kind = kind or kind_of(config)
+    path, config, kind = folder.path, folder.config, folder.kind
     # A model beyond all limits ends here, before transformers makes it.
-    build_on_meta(kind, config, torch.float32, trust_remote_code)
-    foreign = is_foreign(folder)
-    checkpoint = Checkpoint(folder) if foreign else open_checkpoint(folder)
+    build_on_meta(kind, config, torch.float32, folder.trust_remote_code)
+    checkpoint = folder.stored if folder.is_foreign else folder.checkpoint
     # Else transformers would look for the parts of quantised weights.
     dense = {"config": config} if type(checkpoint) is not Checkpoint else {}
     opened = partial(_ReadFile, checkpoint)
     try:
         with replaced(transformers.modeling_utils, "safe_open", opened):
             model, loaded = getattr(transformers, kind.loader).from_pretrained(
-                folder,
+                path,
                 **dense,
                 output_loading_info=True,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=folder.trust_remote_code,
                 attn_implementation=attention,
             )
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
-        raise ValueError(f"{folder}: the model could not be loaded ({reason(error)})") from error
+        raise ValueError(f"{path}: the model could not be loaded ({reason(error)})") from error
     # transformers only warns of weights that it does not find, and fills them with random numbers.
     for what, problem in {"missing": "not there", "mismatched": "of another shape"}.items():
         if names := sorted(str(key) for key in loaded.get(f"{what}_keys") or ()):
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise ValueError(
-                f"{folder}: the model could not be loaded: {len(names)} of its weights are "
+                f"{path}: the model could not be loaded: {len(names)} of its weights are "
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
-    check_finite(dict(model.named_parameters()), f"{folder}: ")
+    check_finite(dict(model.named_parameters()), f"{path}: ")
     return model.eval()
 
 

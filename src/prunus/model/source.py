@@ -15,7 +15,6 @@ import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -23,8 +22,9 @@ from torch import nn
 
 from prunus.model.checkpoint.files import read_limited
 from prunus.model.checkpoint.tensor_files import TensorInfo, flat_bytes
-from prunus.model.config import EXTRA_BLOCKS, load_config, open_checkpoint
+from prunus.model.config import EXTRA_BLOCKS
 from prunus.model.experts import Fused
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton, names_in_model
 
 
@@ -81,16 +81,16 @@ class Piece(NamedTuple):
 
 
 class CheckpointSource:
-    """The weights of a checkpoint folder. Opening it reads the configuration and headers only.
+    """The weights of a checkpoint folder. It reads the configuration and headers only.
 
     Weights that are stored in few bits are read as dense ones; see `checkpoint/quantized.py`.
 
     Args:
         folder: A Hugging Face checkpoint.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
 
     Attributes:
-        checkpoint: The open files.
+        folder: As given.
+        checkpoint: Its open files.
         config: The transformers configuration.
         fingerprint: SHA-256 (hex) over the headers of the files and config.json.
         stored_dtype: The floating-point dtype that most bytes are stored in.
@@ -103,12 +103,11 @@ class CheckpointSource:
             are quantised in a way that prunus does not read.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        self.checkpoint = open_checkpoint(folder)
-        self.config = load_config(folder, trust_remote_code, checkpoint=self.checkpoint)
-        # The bytes of config.json, to notice a change; see `check_unchanged`.
-        self._config = read_limited(folder / "config.json")
-        fingerprint = self.checkpoint.fingerprint.encode() + self._config
+    def __init__(self, folder: OpenFolder) -> None:
+        self.folder = folder
+        self.checkpoint = folder.checkpoint
+        self.config = folder.config
+        fingerprint = self.checkpoint.fingerprint.encode() + (folder.config_bytes or b"")
         self.fingerprint = hashlib.sha256(fingerprint).hexdigest()
         self.stored_dtype = _main_dtype(self.checkpoint.tensors.values())
         self.stored: dict[str, str] = {}
@@ -314,8 +313,8 @@ class CheckpointSource:
             ValueError: A file has changed; names it.
         """
         self.checkpoint.check_unchanged()
-        path = self.checkpoint.folder / "config.json"
-        if read_limited(path) != self._config:
+        path = self.folder.config_path
+        if read_limited(path) != self.folder.config_bytes:
             raise ValueError(
                 f"{path} was changed since it was opened. Put the checkpoint back as it was, and "
                 "the same command continues"

@@ -12,8 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.hardware.machine import process_memory
 from prunus.hardware.process_state import no_warnings
-from prunus.model.checkpoint.resolve import resolve_folder
-from prunus.model.config import check_config, check_processor_files
+from prunus.model.checkpoint.resolve import open_folder
+from prunus.model.config import check_processor_files
+from prunus.model.open_folder import OpenFolder
 from prunus.words import reason
 
 #: The files that show that an adapter has a tokenizer of its own.
@@ -37,29 +38,23 @@ _TOO_MUCH = (
 )
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: OpenFolder) -> Any:
     """The transformers tokenizer of a checkpoint folder.
 
     Raises:
         ValueError: There is none, a number in its files is beyond all limits, or it cannot be
             loaded; quotes the reason in one line.
     """
-    return _load(
-        AutoTokenizer,
-        folder,
-        "tokenizer",
-        _TOKENIZER_REMEDY,
-        trust_remote_code=trust_remote_code,
-    )
+    return _load(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: OpenFolder) -> None:
     """Check that a checkpoint folder has files of a tokenizer, without reading any of them.
 
     Raises:
         ValueError: It has none.
     """
-    _check_files(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
+    _check_files(AutoTokenizer, folder.path, "tokenizer", _TOKENIZER_REMEDY)
 
 
 def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
@@ -71,10 +66,10 @@ def tokenizer_of_loaded(model: Any, trust_remote_code: bool = False) -> Any:
     """
     if not (name := str(getattr(model, "name_or_path", "") or "")):
         raise ValueError("the model does not say where it was loaded from")
-    return load_tokenizer(resolve_folder(name), trust_remote_code)
+    return load_tokenizer(open_folder(name, trust_remote_code))
 
 
-def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_image_processor(folder: OpenFolder) -> Any:
     """The transformers image processor of a checkpoint folder.
 
     It resizes and normalises by Pillow, so that every host computes the same pixel values.
@@ -84,29 +79,24 @@ def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
             loaded; quotes the reason in one line.
     """
     remedy = "copy its preprocessor_config.json from the dense model"
-    return _load(
-        AutoImageProcessor,
-        folder,
-        "image processor",
-        remedy,
-        backend="pil",
-        trust_remote_code=trust_remote_code,
-    )
+    return _load(AutoImageProcessor, folder, "image processor", remedy, backend="pil")
 
 
-def _load(loader: Any, folder: Path, what: str, remedy: str, **options: Any) -> Any:
+def _load(loader: Any, folder: OpenFolder, what: str, remedy: str, **options: Any) -> Any:
     """What a class of transformers loads from a folder.
 
     Messages call it `what`, and end with `remedy`. `options` are those of `from_pretrained`.
     """
-    check_config(folder)
-    check_processor_files(folder)
+    path = folder.path
+    folder.check_config()
+    check_processor_files(path)
+    options["trust_remote_code"] = folder.trust_remote_code
     try:
-        return loader.from_pretrained(folder, local_files_only=True, **options)
+        return loader.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
-        _check_files(loader, folder, what, remedy)
+        _check_files(loader, path, what, remedy)
         raise ValueError(
-            f"{folder}: the {what} could not be loaded ({reason(error)}); {remedy}"
+            f"{path}: the {what} could not be loaded ({reason(error)}); {remedy}"
         ) from error
 
 
@@ -116,10 +106,10 @@ def _check_files(loader: Any, folder: Path, what: str, remedy: str) -> None:
         raise ValueError(f"{folder} has no {what}: {remedy}")
 
 
-def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
+def token_ids(folder: OpenFolder) -> dict[str, int] | None:
     """Token -> id of a checkpoint's tokenizer; None if the folder has no tokenizer."""
     try:
-        tokenizer = load_tokenizer(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder)
     except ValueError:
         return None
     return dict(tokenizer.get_vocab())
@@ -132,13 +122,11 @@ class Vocabulary(NamedTuple):
         model: How messages name the model.
         size: Number of token ids; None if nobody knows it.
         folder: The checkpoint with the tokenizer; None if there is none to compare.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
     """
 
     model: str
     size: int | None
-    folder: Path | None
-    trust_remote_code: bool = False
+    folder: OpenFolder | None
 
 
 def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) -> None:
@@ -158,8 +146,7 @@ def check_same_vocabulary(first: Vocabulary, second: Vocabulary, remedy: str) ->
             f"{second.size}: {remedy}"
         )
     ids, others = (
-        None if model.folder is None else token_ids(model.folder, model.trust_remote_code)
-        for model in (first, second)
+        None if model.folder is None else token_ids(model.folder) for model in (first, second)
     )
     if ids is not None and others is not None and first.size is not None:
         # A class of transformers may add tokens that the model has no rows for.

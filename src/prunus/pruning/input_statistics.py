@@ -17,9 +17,9 @@ from torch import nn
 
 from prunus.distributed import is_rank_0, on_rank_0, process_group
 from prunus.engine.block.collect_statistics import collect_statistics
+from prunus.engine.calibration_windows import calibration_windows, given_windows
 from prunus.engine.linear_options import LinearOptions
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_windows import calibration_windows, given_windows
 from prunus.engine.session import shown_session
 from prunus.methods.own_code import GIVEN
 from prunus.methods.statistics import InputStatistics, Needs

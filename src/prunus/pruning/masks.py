@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prunus.model.checkpoint.files import check_file_place
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
 from prunus.words import did_you_mean
@@ -184,21 +185,19 @@ def masks(
     elif not isinstance(model, nn.Module) and Path(model).suffix == SUFFIX:
         found = Masks.load(Path(model))
     else:
-        weights = model if isinstance(model, nn.Module) else resolve_folder(model)
-        found = Masks({}, {})
-        for _, name, _, weight_OI in stored_linears(*open_weights(weights, trust_remote_code)):
-            found.add(name, weight_OI == 0)
+        weights = model if isinstance(model, nn.Module) else open_folder(model, trust_remote_code)
+        found = zeros_of(*open_weights(weights, trust_remote_code))
     if target is not None:
         found.save(target)
     return found
 
 
-def open_weights(model: Path | nn.Module, trust_remote_code: bool) -> tuple[Readable, Skeleton]:
+def open_weights(
+    model: OpenFolder | nn.Module, trust_remote_code: bool
+) -> tuple[Readable, Skeleton]:
     """The weights of a model, stored or loaded, and the model without weights."""
     source: Readable = (
-        ModuleSource(model)
-        if isinstance(model, nn.Module)
-        else CheckpointSource(model, trust_remote_code)
+        ModuleSource(model) if isinstance(model, nn.Module) else CheckpointSource(model)
     )
     skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
     source.bind(skeleton)
@@ -220,6 +219,14 @@ def stored_linears(
             weight = stored[f"{linear.name}.weight"]
             full_name = f"{skeleton.block_name(index)}.{linear.name}"
             yield index, full_name, linear, weight.T if linear.transposed else weight
+
+
+def zeros_of(source: Readable, skeleton: Skeleton) -> Masks:
+    """Which weights of the linears in the blocks are zero."""
+    found = Masks({}, {})
+    for _, name, _, weight_OI in stored_linears(source, skeleton):
+        found.add(name, weight_OI == 0)
+    return found
 
 
 def compare_masks(masks: Masks, others: Masks) -> dict[str, dict[str, float | None]]:

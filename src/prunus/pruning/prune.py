@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.engine.command import run_verb
 from prunus.engine.forecast import Trial
+from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
-from prunus.engine.linear_run import LinearCommand
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import shown_session
 from prunus.methods.own_code import GIVEN
 from prunus.methods.table import Method
+from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.kinds import kind_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
@@ -91,6 +92,18 @@ def prune(
 
 class PlainTensors(Storage):
     """A pruned checkpoint: tensors and configuration are those of the source."""
+
+    def file_bytes(self, choice: Any = None) -> int:
+        """Bytes of the weights of the source; 0 for a loaded model, which has no files."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+    def config(self, record: Manifest) -> None:
+        """That of the source."""
+
+    def note_size(self, record: Manifest, written: Checkpoint) -> None:
+        """A manifest has no size of files."""
 
     def card(self, record: Manifest) -> str:
         """The model card of a pruned checkpoint, or of a loaded model that was pruned."""

@@ -121,7 +121,7 @@ def _method_and_work(recipe: PruningOptions, own_method: Method | None) -> tuple
     pattern = Pattern(n, m, group, options.block_size)
     check_options(published, pattern, options)
     # Two passes are the published procedure. There the published solvers also sum in its order.
-    in_order = recipe.training.two_passes and method is published and method.has_reference_order
+    in_order = recipe.extras.two_passes and method is published and method.has_reference_order
     return method, Work(pattern, recipe.sparsity, options, reference_order=in_order)
 
 
@@ -134,7 +134,7 @@ def _shares(recipe: PruningOptions, skeleton: Skeleton, linears: LinearSelection
         {name: math.prod(x.shape) for name, (i, x) in every if i == index and x.name in names}
         for index, names in enumerate(linears.selected)
     ]
-    heads = [skeleton.head()] if recipe.training.head else []
+    heads = [skeleton.head()] if recipe.extras.head else []
     outside = {head.name: math.prod(head.shape) for head in heads}
     return shares_by_hand(
         recipe.sparsity_of, blocks, recipe.sparsity, recipe.asked_sparsity, outside

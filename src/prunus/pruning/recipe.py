@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from prunus.engine.linear_options import SELECTION, TrainingPlan
+from prunus.engine.linear_options import SELECTION, ExtraSteps
 from prunus.methods.method_options import METHOD
 from prunus.options import Option, at_least
 from prunus.pruning.options import PruningOptions
@@ -133,10 +133,10 @@ class Recipe(PruningOptions):
             )
 
     @property
-    def training(self) -> TrainingPlan:
+    def extras(self) -> ExtraSteps:
         """The options `reconstruct`, `reconstruct_epochs`, `propagate` and `head`."""
         two_passes = self.propagate == "block"
-        return TrainingPlan(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)
+        return ExtraSteps(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)
 
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import fail_together, is_rank_0, on_rank_0, process_group
+from prunus.engine.command import Command, Run, run_verb
 from prunus.engine.folder import ResultFolder
 from prunus.engine.progress import Shown, shows_progress
 from prunus.engine.result import Result
-from prunus.engine.run import Command, Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import (
     bos_words,
@@ -36,7 +36,7 @@ from prunus.engine.run_record import (
 from prunus.engine.session import SILENT, Session
 from prunus.model.adapter import save_adapter
 from prunus.model.checkpoint.files import remove, write_text
-from prunus.model.checkpoint.resolve import CONFIG_NAME
+from prunus.model.open_folder import ADAPTER_CONFIG
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
@@ -176,7 +176,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
             run.plan.check_unchanged()
         return student, size, dense
 
-    def change(
+    def change_model(
         self, run: Run[RecoveryPlan, RecoveryRecord], prepared: tuple[Trainable, int, Any]
     ) -> None:
         """Train, and write the best weights.
@@ -190,7 +190,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
         assert output is not None and folder is not None, "a model on disk is trained"
         if self.options.overwrite and is_rank_0():
             # No mixture of a checkpoint and an adapter may look whole.
-            for name in ("config.json", CONFIG_NAME):
+            for name in ("config.json", ADAPTER_CONFIG):
                 remove(output / name)
         checkpoints = Checkpoints(output)
         training = Training(

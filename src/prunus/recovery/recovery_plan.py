@@ -20,10 +20,10 @@ from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import OpenModel
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
-from prunus.model.checkpoint.resolve import CONFIG_NAME, is_adapter, resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.device import choose_device
-from prunus.model.formats import reader_of
 from prunus.model.kinds import require_causal
+from prunus.model.open_folder import ADAPTER_CONFIG, OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
@@ -105,7 +105,7 @@ def default_mode(model: str | Path) -> Mode:
         ValueError: None follows, because the checkpoint has no record of prunus.
         FileNotFoundError: There is no such checkpoint.
     """
-    folder = _folder_of(model, unpacks=False)
+    folder = _folder_of(model, unpacks=False).path
     if (folder / Manifest.FILE).exists():  # a smaller model may be pruned too
         return "masked"
     if (folder / StructureRecord.FILE).exists():
@@ -143,8 +143,8 @@ def plan_recovery(
     )
     folder = _folder_of(model, unpacks=False)
     if recipe.mode != "lora":  # an adapter copies nothing
-        check_companions(folder)
-    card = read_card(folder / "README.md")
+        check_companions(folder.path)
+    card = read_card(folder.path / "README.md")
     device = choose_device(options.device)
     source, skeleton = _open(folder)
     dense = None
@@ -214,7 +214,7 @@ def check_ranks(recipe: RecoveryOptions) -> None:
         )
 
 
-def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
+def _open(folder: OpenFolder) -> tuple[CheckpointSource, Skeleton]:
     """A checkpoint of a causal LM, bound to the skeleton of its model."""
     source = CheckpointSource(folder)
     require_causal(source.config, "prunus recover")
@@ -239,7 +239,7 @@ def draw_training_text(plan: RecoveryPlan) -> TrainingText:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: As `training_text`. ValueError
             too if the windows are longer than the context of the model.
     """
-    recipe, folder = plan.recipe, plan.source.checkpoint.folder
+    recipe, folder = plan.recipe, plan.source.folder
     config = plan.source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     check_context(positions if isinstance(positions, int) else None, recipe.seqlen)
@@ -262,7 +262,7 @@ def _text_sha256(source: str, text: TrainingText) -> str:
     return hashlib.sha256(f"{text.sha256} {file_digest(Path(source))}".encode()).hexdigest()
 
 
-def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
+def _folder_of(model: str | Path, *, unpacks: bool) -> OpenFolder:
     """The folder of a checkpoint.
 
     Args:
@@ -274,15 +274,15 @@ def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
         ValueError: It is a GGUF file or an MLX folder, or an adapter.
         FileNotFoundError: There is no such checkpoint.
     """
-    if not unpacks and reader_of(model) is not None:
+    folder = open_folder(model, unpacks=unpacks)
+    if folder.format is not None:
         raise ValueError(
             f"{model} is compressed, and recover takes dense and pruned models: give the one that "
             "it was made from, and compress the result"
         )
-    folder = resolve_folder(model)
-    if is_adapter(folder):
+    if folder.is_adapter:
         raise ValueError(
-            f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
+            f"{folder.path} is an adapter ({ADAPTER_CONFIG}), not a checkpoint; "
             "give the model that it is for"
         )
     return folder
@@ -290,5 +290,5 @@ def _folder_of(model: str | Path, *, unpacks: bool) -> Path:
 
 def _vocabulary(source: CheckpointSource, role: str = "") -> Vocabulary:
     """The tokens of a model, which `role` begins to name in errors."""
-    folder = source.checkpoint.folder
-    return Vocabulary(f"{role}{folder}", source.config.get_text_config().vocab_size, folder)
+    folder = source.folder
+    return Vocabulary(f"{role}{folder.path}", source.config.get_text_config().vocab_size, folder)

@@ -13,10 +13,11 @@ import torch
 
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.adapter import add_lora
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import JOINED_ATTENTION, Linear
 from prunus.model.loading import load_model
+from prunus.model.open_folder import OpenFolder
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.recovery.recovery_plan import RecoveryPlan
@@ -43,7 +44,7 @@ def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
         ValueError: The model does not fit the mode: pruned linears in mode full, none in mode
             masked, or bad target modules or rank in mode lora.
     """
-    recipe, folder = plan.recipe, plan.source.checkpoint.folder
+    recipe, folder = plan.recipe, plan.source.folder
     if plan.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
         keep_freed_memory()
@@ -54,18 +55,18 @@ def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
         return lora(model, block_linears(model), recipe, base_name(plan.name)), parameters
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
-    linears, pruned = block_linears(model), pruned_linears(model, folder)
+    linears, pruned = block_linears(model), pruned_linears(model, folder.path)
     if recipe.mode == "full":
         if filled := [name for name in pruned if name in linears]:
             raise ValueError(
-                f"{folder} has pruned linears ({filled[0]} and others), whose zeros mode full "
+                f"{folder.path} has pruned linears ({filled[0]} and others), whose zeros mode full "
                 "would fill: choose mode masked, or mode lora if rounding to few bits made the "
                 "zeros, and no mask"
             )
         return whole_model(model, linears, {}), parameters
     if not pruned:
         raise ValueError(
-            f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
+            f"{folder.path} has no pruned linears: no {Manifest.FILE} names any, and none has "
             f"{MIN_ZERO_FRACTION:.0%} zeros that are not those of rounding; prune it first (prunus "
             "prune), or choose mode full"
         )
@@ -76,21 +77,21 @@ def load_teacher(plan: RecoveryPlan) -> Any:
     """The dense model in memory, without gradients; None if the plan has no teacher."""
     if plan.teacher is None:
         return None
-    teacher = _load(plan, plan.teacher.checkpoint.folder, plan.dtype)
+    teacher = _load(plan, plan.teacher.folder, plan.dtype)
     teacher.requires_grad_(False)
     return teacher
 
 
 def base_name(model: str | Path) -> str:
     """What an adapter names as its base: a hub id, or a path that holds in any directory."""
-    return str(resolve_folder(model).resolve()) if Path(model).is_dir() else str(model)
+    return str(open_folder(model).path.resolve()) if Path(model).is_dir() else str(model)
 
 
-def _load(plan: RecoveryPlan, folder: Path, dtype: torch.dtype) -> Any:
+def _load(plan: RecoveryPlan, folder: OpenFolder, dtype: torch.dtype) -> Any:
     """A model in memory on the device of the plan, with the attention that is fastest there."""
     short = plan.recipe.seqlen <= _MAX_EAGER_TOKENS
     attention = "eager" if plan.device.type == "cpu" and short else None
-    return load_model(folder, dtype, attention=attention).to(plan.device)
+    return load_model(folder, dtype, attention).to(plan.device)
 
 
 # The targets of the LoRA paper, which the Wanda paper also uses.

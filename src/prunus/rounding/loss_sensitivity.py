@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from prunus.engine.block.hooks import output_hooks, tokens_of
-from prunus.engine.memory_plan import BlockMemory, activation_bytes
+from prunus.engine.block_memory import BlockMemory, activation_bytes
 from prunus.engine.run_plan import HashedSource, RunPlan
 from prunus.engine.session import Session
 from prunus.hardware.numerics import all_finite, multiplies_bfloat16

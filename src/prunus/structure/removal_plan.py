@@ -22,7 +22,6 @@ from prunus.engine.run_plan import (
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
     blocks_that_take_images,
-    dense_config,
     expert_count,
     expert_groups,
     experts_per_token,
@@ -81,7 +80,7 @@ class StructurePlan(RunPlan):
     @functools.cached_property
     def raw(self) -> dict[str, Any]:
         """The content of the source's config.json."""
-        return dense_config(self.checkpoint.checkpoint.folder)
+        return self.checkpoint.folder.dense_config
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
         """The model in which only some blocks stay, with the experts that the recipe leaves.

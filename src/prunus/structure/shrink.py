@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import on_rank_0
+from prunus.engine.command import Command, Run, run_verb
 from prunus.engine.folder import BlockFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
 from prunus.engine.open_model import agreed_walks
-from prunus.engine.run import Command, Run, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
 from prunus.engine.session import SILENT, Session, shown_session
@@ -85,7 +85,7 @@ class Shrinking(Command[StructurePlan, StructureRecord]):
         """The number of shards: one for each block that stays, and one for all else."""
         return {"shard_count": plan.keep_blocks + 1}
 
-    def change(self, run: Run[StructurePlan, StructureRecord], prepared: Any) -> None:
+    def change_model(self, run: Run[StructurePlan, StructureRecord], prepared: Any) -> None:
         """Search for blocks, make those that stay, and complete the result."""
         plan, session, record = run.plan, run.session, run.record
         assert self.output is not None and run.folder is not None, "a model on disk is made smaller"

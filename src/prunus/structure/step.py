@@ -38,7 +38,9 @@ from prunus.structure.tensor_layout import experts_in, shapes_of, with_experts
 
 
 class ShrinkStep:
-    """Makes one block after the other: a `BlockStep`. Call `take` or `make` for each in order.
+    """Makes one block after the other: a `BlockStep`.
+
+    Call `propagate` or `change_block` for each in order.
 
     Args:
         plan: The checked run.
@@ -85,7 +87,7 @@ class ShrinkStep:
         )
         self._repair = Repair(plan, smaller, reconstructor, walks)
 
-    def take(self, new_index: int, tensors: Mapping[str, Tensor]) -> None:
+    def propagate(self, new_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Run the windows through a block that an earlier run has finished.
 
         Args:
@@ -96,7 +98,7 @@ class ShrinkStep:
             self._repair.advance(new_index)
         self._stream.propagate(new_index, tensors)
 
-    def make(self, new_index: int, stored: StoredBlock) -> FinishedBlock:
+    def change_block(self, new_index: int, stored: StoredBlock) -> FinishedBlock:
         """Make the block `new_index` of the result, and run the windows through it.
 
         Args:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from prunus.engine.command import run_verb
 from prunus.engine.linear_record import calibration_words
 from prunus.engine.progress import LineInterval, Progress
-from prunus.engine.run import run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import RunRecord
 from prunus.engine.session import Session
@@ -34,7 +34,7 @@ from prunus.model.checkpoint.files import (
     make_folder,
     remove_temporaries,
 )
-from prunus.model.checkpoint.resolve import is_adapter
+from prunus.model.open_folder import OpenFolder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
 from prunus.recovery.recover import recover
@@ -199,7 +199,7 @@ class Runner:
         cell.recovered = record.totals
         self._save()
         self.report(f"{self._title(cell)}: recovered in {record.totals['seconds']:.0f} s")
-        if not is_adapter(weights):
+        if not OpenFolder(weights).is_adapter:
             return weights
         merge_adapter(weights, pruned, weights / "merged")
         return weights / "merged"
@@ -223,7 +223,7 @@ class Runner:
             self.report(f"{title}: {what} {value:.4g}")
 
         if record.size is None:
-            record.size = stored_size(weights, trust)
+            record.size = stored_size(OpenFolder(weights, trust))
         # A cell is compared with the dense model, which is compared with nothing.
         is_cell = isinstance(record, CellResult)
         reference = Path(self.results.models[label].path) if is_cell else None

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration.windows import Windows, hash_ids
+from prunus.engine.calibration_windows import calibration_windows, run_inputs
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import another, first_difference
-from prunus.engine.run_windows import calibration_windows, run_inputs
 from prunus.engine.session import SILENT
 from prunus.evaluation.eval_options import TextOptions
 from prunus.evaluation.perplexity import scoring_windows, window_length
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
@@ -165,9 +166,9 @@ class _Today:
     def windows_sha256(self, dense: str, text: str) -> str:
         """The hash of the windows of a text, cut by the tokenizer of a dense model."""
         how = TextOptions(**self.sweep.scoring.arguments(TextOptions, self.options))
-        trust = self.options.trust_remote_code
+        folder = OpenFolder(Path(dense), self.options.trust_remote_code)
         length = window_length(how, [text])
-        windows = scoring_windows(text, lambda: load_tokenizer(Path(dense), trust), length, how)
+        windows = scoring_windows(text, lambda: load_tokenizer(folder), length, how)
         return hash_ids(windows.ids)
 
     def why_again(self, cell: CellResult) -> str:

@@ -25,7 +25,7 @@ from prunus.evaluation.task_scores import prepare_tasks
 from prunus.hardware.machine import describe_hardware, installed_version, versions
 from prunus.methods import get_method
 from prunus.model.checkpoint.output_folder import check_apart, holds_result
-from prunus.model.checkpoint.resolve import resolve_folder
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
@@ -78,7 +78,7 @@ def sweep(
     # What the folder holds decides what is done, so from here on no other run may change it.
     with (
         locked_output(folder, lambda: check_folder(chosen, folder)),
-        unchanged(*map(resolve_folder, chosen.labels().values())),
+        unchanged(*map(open_folder, chosen.labels().values())),
     ):
         results = check_sweep(chosen, folder, run_options, file)
         report = progress or (lambda line: None)
@@ -108,13 +108,13 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
     fresh = check_folder(sweep, output)
     models, sources, scorer = {}, {}, dict[str, str]()
     for label, name in sweep.labels().items():
-        folder = resolve_folder(name)
-        check_apart(output, folder)
-        source = CheckpointSource(folder, options.trust_remote_code)
+        folder = open_folder(name, options.trust_remote_code)
+        check_apart(output, folder.path)
+        source = CheckpointSource(folder)
         require_causal(source.config, f"a sweep (of {name})")
         sources[label] = source
         models[label] = DenseResult(
-            path=str(folder), fingerprint=source.fingerprint, state="waiting"
+            path=str(folder.path), fingerprint=source.fingerprint, state="waiting"
         )
     for text in sweep.scoring.texts:
         check_text(text, options.data)

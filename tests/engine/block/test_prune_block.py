@@ -10,8 +10,8 @@ from torch import nn
 import prunus
 from prunus.engine.block import linear as linear_step
 from prunus.engine.block.walks import BlockWalk, lockstep, replay, two_pass
+from prunus.engine.block_memory import Memory
 from prunus.engine.linear_plan import LinearPlan
-from prunus.engine.memory_plan import Memory
 from prunus.engine.run_options import RunOptions
 from prunus.hardware.machine import available_memory
 from prunus.methods.statistics import InputStatistics

@@ -1,6 +1,6 @@
 """Prunes the blocks of a model one after the other, with all calibration windows in step.
 
-The steps of one block, as `BlockChanger.make` takes them:
+The steps of one block, as `BlockChanger.change_block` takes them:
 
     load         weights into the block; a copy of the dense block where its inputs are needed
     walk         all windows through the block; every linear is pruned when its statistics are known
@@ -49,8 +49,8 @@ from prunus.model.stream import Stream
 class BlockChanger:
     """Takes all calibration windows through a model, one block at a time.
 
-    Call `embed` first, then `make` or `take` once per block in order, then `close`. `prune_head`
-    may follow the last block. All ranks call each of them at once.
+    Call `embed` first, then `change_block` or `propagate` once per block in order, then `close`.
+    `prune_head` may follow the last block. All ranks call each of them at once.
 
     Args:
         plan: The decisions of the run: model, method, options and device.
@@ -112,10 +112,10 @@ class BlockChanger:
                 splits=splits,
             )
 
-    def take(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def propagate(self, position: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take all batches through a block that an earlier run has finished.
 
-        The hidden states end as they do after `make`.
+        The hidden states end as they do after `change_block`.
 
         Args:
             position: Position of the block.
@@ -125,7 +125,7 @@ class BlockChanger:
         if self.dense is not None:
             self.dense.propagate(position)
 
-    def make(self, position: int, stored: StoredBlock) -> FinishedBlock:
+    def change_block(self, position: int, stored: StoredBlock) -> FinishedBlock:
         """Prune one block, and take all batches through it.
 
         Args:

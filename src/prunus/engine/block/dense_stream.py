@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.block.hooks import StopForward, input_hooks
+from prunus.engine.block.hooks import input_hooks
 from prunus.methods.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
+from prunus.model.calls import StopForward
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import WeightSource

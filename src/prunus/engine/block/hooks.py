@@ -21,13 +21,6 @@ from prunus.model.experts import Experts
 from prunus.model.linears import Linear
 
 
-class StopForward(BaseException):
-    """A hook raises it to end a forward pass whose rest nobody needs.
-
-    It derives from BaseException, so that no `except Exception` in a model's code catches it.
-    """
-
-
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """Flatten (…, in) to one row per token.
 

@@ -28,9 +28,10 @@ import torch
 from greenlet import greenlet
 
 from prunus.distributed import ranks
-from prunus.engine.block.hooks import ExpertCounter, StopForward, input_hooks
+from prunus.engine.block.hooks import ExpertCounter, input_hooks
 from prunus.engine.run_record import Walk
 from prunus.methods.statistics import InputStatistics
+from prunus.model.calls import StopForward
 from prunus.model.linears import Linear
 
 #: Adds the input (…, in) of a linear in one batch, by number, to its statistics.

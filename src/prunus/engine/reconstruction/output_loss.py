@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, ranks, split_range
-from prunus.engine.memory_plan import CHUNK_TOKENS
+from prunus.engine.block_memory import CHUNK_TOKENS
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
 

@@ -20,8 +20,8 @@ import transformers
 from pydantic import RootModel
 
 from prunus.distributed import on_rank_0
+from prunus.engine.command import Command, Run, run_verb
 from prunus.engine.result import Result
-from prunus.engine.run import Command, run_verb
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import SILENT, Session
 from prunus.formats.gguf.card import imported_card
@@ -173,17 +173,16 @@ class Importing(Command[ImportPlan, ImportRecord]):
     """The command import, as the engine knows it."""
 
     RECIPE, KIND, RESULT = ImportOptions, ImportRecord, ImportResult
+    RESUMES = False
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> ImportPlan:
         """See `plan_import`."""
         return plan_import(Path(self.model), self.recipe.dtype, session)
 
-    def work(
-        self, plan: ImportPlan, session: Session, earlier: ImportRecord | None, started: float
-    ) -> ImportRecord:
+    def change_model(self, run: Run[ImportPlan, ImportRecord], prepared: Any) -> None:
         """Write all files beside their places, and then move them there."""
         assert self.output is not None, "an import writes a folder"
-        dest = self.output
+        plan, session, dest = run.plan, run.session, self.output
 
         def write() -> dict[str, Any]:
             staging = in_held(dest / f"import{TEMPORARY_SUFFIX}")
@@ -202,7 +201,7 @@ class Importing(Command[ImportPlan, ImportRecord]):
                 shutil.rmtree(staging, ignore_errors=True)
             return figures
 
-        return ImportRecord(on_rank_0(write))
+        run.record.root |= on_rank_0(write)
 
 
 def plan_import(path: Path, dtype: str | None, session: Session) -> ImportPlan:

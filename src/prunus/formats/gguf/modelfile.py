@@ -26,9 +26,9 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from prunus.model.open_folder import OpenFolder
 from prunus.model.tokenizer import apply_chat_template, load_tokenizer
 
 #: Makes the text of a conversation, given as its roles; the second argument is whether an answer
@@ -138,7 +138,7 @@ def _split(text: str, *roles: str) -> tuple[str, ...]:
     return match.groups()
 
 
-def modelfile(name: str, folder: Path, fields: Mapping[str, Any]) -> str:
+def modelfile(name: str, folder: OpenFolder, fields: Mapping[str, Any]) -> str:
     """The Modelfile of a GGUF file.
 
     Args:
@@ -177,7 +177,7 @@ def _instruction(name: str, text: str) -> str:
     return f"{name} {text}" if re.fullmatch(r'[^\s"]+', text) else f'{name} """{text}"""'
 
 
-def _renders(folder: Path, template: str, first: str) -> Render:
+def _renders(folder: OpenFolder, template: str, first: str) -> Render:
     """What a template makes of conversations, without the text `first` at their beginning."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template

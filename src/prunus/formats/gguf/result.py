@@ -154,7 +154,7 @@ class GgufResult(Result[CompressionRecord]):
             ModuleNotFoundError: The package `gguf` is not installed.
         """
         check_extra()
-        kind = reader_of(model)
+        kind = reader_of(model) if Path(model).is_file() else None
         is_gguf = kind is not None and kind.RESULT is type(self)
         if is_gguf and (few := open_gguf(Path(model)).types.keys() - FULL_TYPES):
             raise ValueError(
@@ -241,7 +241,7 @@ class GgufResult(Result[CompressionRecord]):
         plan.note_size(record, shards)
         tensors = contents.tensors(record.types, partial(bytes_of, source, shards, record.types))
         fields = contents.fields(record.types, reproducible(record))
-        text = modelfile(self.path.name, source.checkpoint.folder, fields)
+        text = modelfile(self.path.name, source.folder, fields)
         write_text(folder.folder / "Modelfile", text)
         words = replace(plan.words, title=self.path.name, path=Path(self.path.name))
         card = quantized_card(record, words, source.checkpoint.folder, plan.lossless)

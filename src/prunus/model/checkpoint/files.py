@@ -429,7 +429,22 @@ def read_json(path: Path) -> Any:
         ValueError: It is not valid JSON, nested too deep, no regular file, or too large. The
             message names the file and the position of the fault.
     """
-    content = read_limited(path)
+    return _parsed(path, read_limited(path))
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The object in a JSON file that describes a model, from the bytes of the file.
+
+    Raises:
+        ValueError: It is not valid JSON, or no object.
+    """
+    found = _parsed(path, content)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, as a configuration must be; copy it again")
+    return found
+
+
+def _parsed(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     # Numbers of thousands of digits are a ValueError, and brackets without end a RecursionError.

@@ -8,39 +8,44 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from prunus.model.checkpoint.files import check_folder
 from prunus.model.checkpoint.hub import no_answer
-from prunus.model.formats import format_of, reader_of, suffixes
+from prunus.model.formats import format_of, suffixes
+from prunus.model.open_folder import OpenFolder
 from prunus.words import did_you_mean
 
-#: The file that describes an adapter.
-CONFIG_NAME = "adapter_config.json"
 #: Path, size and time of each file of a model that was unpacked -> the folder of its checkpoint.
 _unpacked: dict[tuple[tuple[Path, int, int], ...], Path] = {}
 
 
-def _folder_of(kind: Any, path: Path, say: Callable[[str], None] | None) -> Path:
+def unpacked(folder: OpenFolder, say: Callable[[str], None] | None = None) -> OpenFolder:
     """The checkpoint of a model in another format, made when first asked for, removed at exit.
 
     Args:
-        kind: The class of the format, of `formats.codec.Codec`.
-        path: The model.
+        folder: The model; a plain checkpoint is returned as it is.
         say: Called with a line of text before each step; None for silence.
     """
+    if folder.format is None:
+        return folder
+    path = folder.path
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     states = [(file.resolve(), file.stat()) for file in files if file.is_file()]
     key = tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
     if key not in _unpacked:
         temporary = Path(tempfile.mkdtemp(prefix="prunus-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        kind.unpack(path, temporary / path.stem, dtype=None, progress=say)
+        folder.format.unpack(path, temporary / path.stem, dtype=None, progress=say)
         _unpacked[key] = temporary / path.stem
-    return _unpacked[key]
+    return OpenFolder(_unpacked[key], folder.trust_remote_code, folder)
 
 
-def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) -> Path:
+def open_folder(
+    model: str | Path,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] | None = None,
+    unpacks: bool = True,
+) -> OpenFolder:
     """The folder of a model: a local one, a snapshot from the hub, or one unpacked from a file.
 
     From the hub come safetensors, configuration and tokenizer files only. A model in a format with
@@ -50,7 +55,9 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
     Args:
         model: Path of a folder, path of a model in a format with a suffix, or hub id such as
             `owner/name`.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
         say: Called with a line of text before each step of unpacking; None for silence.
+        unpacks: Whether a model in another format is unpacked; else it has a `format`.
 
     Raises:
         FileNotFoundError: The model is none of these, or the hub cannot be reached.
@@ -59,11 +66,12 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
             or of a kind that cannot be unpacked.
     """
     path = Path(model)
-    if (kind := reader_of(path)) is not None:
-        return _folder_of(kind, path, say)
+    folder = OpenFolder(path, trust_remote_code)
+    if folder.format is not None:
+        return unpacked(folder, say) if unpacks else folder
     if path.is_dir() and str(model):
         check_folder(path)
-        return path
+        return folder
     name = str(model)
     if name and path.exists():
         raise FileNotFoundError(
@@ -100,7 +108,7 @@ def resolve_folder(model: str | Path, say: Callable[[str], None] | None = None) 
             f"{name!r} is neither a local folder nor a model that could be downloaded from the "
             f"hub: {reason.rstrip('.')}{_similar(path)}"
         ) from fault
-    return Path(snapshot)
+    return OpenFolder(Path(snapshot), trust_remote_code)
 
 
 def _similar(path: Path) -> str:
@@ -109,11 +117,3 @@ def _similar(path: Path) -> str:
         return did_you_mean(path, map(str, path.parent.glob(f"*{entry.suffix}")))
     folders = (str(file.parent) for file in path.parent.glob("*/config.json"))
     return did_you_mean(path, folders, "the folder ")
-
-
-# --- adapters ---
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter rather than a whole model."""
-    return (folder / CONFIG_NAME).is_file()

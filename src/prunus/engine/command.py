@@ -1,14 +1,14 @@
 """The story of one run, told once, for every command that writes a model.
 
-    read ► hold ► earlier run? ► plan ► room ► WORK ► close
+    read ► hold ► earlier run? ► plan ► room ► RESUME OR START ► close
                                                 │
-            inputs ► record ► finished? ► prepare ► begin ► CHANGE
+            inputs ► record ► finished? ► prepare ► begin ► CHANGE MODEL
 
 `Command.of` reads what a caller gives: a function of Python, the command line, `plan` or a sweep.
-`run_verb` tells the first line from top to bottom, and `Command.work` the second, whose record lets
-a killed run continue. A command says what its plan is and how it changes the model:
-`linear_run.py` has what prune and compress share, `structure/shrink.py` shrink, and
-`recovery/recover.py` recover. An import keeps no record, and has work of its own. If torchrun
+`run_verb` tells the first line from top to bottom, and `_resume_or_start` the second, whose record
+lets a killed run continue. A command says what its plan is and how it changes the model:
+`linear_command.py` has what prune and compress share, `structure/shrink.py` shrink, and
+`recovery/recover.py` recover. An import is made anew, so it only changes the model. If torchrun
 started several processes, all do the same work, each on its share of the windows, and rank 0
 writes.
 """
@@ -27,12 +27,12 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from torch import nn
 
 from prunus.distributed import fail_together, on_rank_0, process_group, ranks
+from prunus.engine.calibration_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
 from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import OtherRunError, RunInputs
-from prunus.engine.run_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import keep_freed_memory, peak_memory, return_freed_memory
 from prunus.options import Options
@@ -89,6 +89,7 @@ class Command(ABC, Generic[_Plan, _Record]):
         RECIPE: The class of its recipe.
         KIND: The class of its record.
         RESULT: The class of its result.
+        RESUMES: Whether a killed run continues by its record; else it is made anew.
         model: A checkpoint folder, a hub id, or a loaded model.
         output: The result as the user names it; None changes a loaded model in place, and leaves
             the checks of the output out of a plan.
@@ -99,6 +100,7 @@ class Command(ABC, Generic[_Plan, _Record]):
     RECIPE: ClassVar[type[Options]]
     KIND: ClassVar[type[Any]]
     RESULT: ClassVar[type[Result[Any]]] = Result
+    RESUMES: ClassVar[bool] = True
 
     model: Any
     output: Path | None
@@ -184,51 +186,16 @@ class Command(ABC, Generic[_Plan, _Record]):
         return {}
 
     def prepare(self, run: Run[_Plan, _Record]) -> Any:
-        """Do what can fail before anything is written, and return what `change` needs of it."""
+        """Do what can fail before anything is written, and return what `change_model` needs."""
 
-    def change(self, run: Run[_Plan, _Record], prepared: Any) -> None:
-        """Change the model, and complete the result. A command with a `work` of its own has none.
+    @abstractmethod
+    def change_model(self, run: Run[_Plan, _Record], prepared: Any) -> None:
+        """Change the model, and complete the result.
 
         Args:
             run: The run.
             prepared: What `prepare` returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} changes no model")
-
-    def work(
-        self, plan: _Plan, session: Session, earlier: _Record | None, started: float
-    ) -> _Record:
-        """Go on with the earlier run, or start one, while no other run can use the result.
-
-        Args:
-            plan: The plan of the run.
-            session: Who hears of the steps.
-            earlier: The record of the run to go on with, or of a finished one; None for a new run.
-            started: When the run began, on the clock of `time.perf_counter`.
-        """
-        result = self.result
-        fields = {"source": plan.name, **self.fields(plan)}
-        with fail_together():
-            inputs, windows = self.inputs(plan, session)
-            place = None if result is None else result.folder
-            record: _Record = resumed_or_new(
-                self.KIND, earlier, place, self.recipe, inputs, plan.device, **fields
-            )
-        check_same_on_all_ranks(record)
-        folder = None
-        if result is not None:
-            folder = ResultFolder(result.folder, record, plan.checkpoint.checkpoint)
-            if record.state == "finished":
-                on_rank_0(lambda: result.finish_earlier(folder, plan))
-                return record
-        run = Run(plan, session, windows, record, started, folder)
-        prepared = self.prepare(run)
-        if folder is not None:
-            record.forget_missing({*on_rank_0(lambda: folder.begin(self.options.overwrite))})
-        self.change(run, prepared)
-        # Only now: the embedding and the head, rounded after the last block, use the pages again.
-        return_freed_memory()
-        return record
 
 
 def run_verb(
@@ -291,7 +258,7 @@ def run_verb(
                 on_rank_0(lambda: check_room(plan.disk_bytes(), result.folder))
             if plan_only:
                 return plan
-            record = command.work(plan, session, earlier, started)
+            record = _resume_or_start(command, plan, session, earlier, started)
             if result is not None:
                 # Rank 0 has written, so the others take its record.
                 dumped = on_rank_0(lambda: record.model_dump(mode="json"))
@@ -301,3 +268,47 @@ def run_verb(
                 after(record, session)
             on_rank_0(result.close)
         return record
+
+
+def _resume_or_start(
+    command: Command[_Plan, _Record],
+    plan: _Plan,
+    session: Session,
+    earlier: _Record | None,
+    started: float,
+) -> _Record:
+    """Go on with the earlier run, or start one, while no other run can use the result.
+
+    Args:
+        command: What is done.
+        plan: The plan of the run.
+        session: Who hears of the steps.
+        earlier: The record of the run to go on with, or of a finished one; None for a new run.
+        started: When the run began, on the clock of `time.perf_counter`.
+    """
+    if not command.RESUMES:
+        run = Run(plan, session, None, command.KIND({}), started, None)
+        command.change_model(run, None)
+        return run.record
+    result, folder = command.result, None
+    fields = {"source": plan.name, **command.fields(plan)}
+    with fail_together():
+        inputs, windows = command.inputs(plan, session)
+        place = None if result is None else result.folder
+        record: _Record = resumed_or_new(
+            command.KIND, earlier, place, command.recipe, inputs, plan.device, **fields
+        )
+    check_same_on_all_ranks(record)
+    if result is not None:
+        folder = ResultFolder(result.folder, record, plan.checkpoint)
+        if record.state == "finished":
+            on_rank_0(lambda: result.finish_earlier(folder, plan))
+            return record
+    run = Run(plan, session, windows, record, started, folder)
+    prepared = command.prepare(run)
+    if folder is not None:
+        record.forget_missing({*on_rank_0(lambda: folder.begin(command.options.overwrite))})
+    command.change_model(run, prepared)
+    # Only now: the embedding and the head, rounded after the last block, use the pages again.
+    return_freed_memory()
+    return record

@@ -78,7 +78,7 @@ def check_inputs(
     source_of_windows.check(_wanted(recipe, options), images=kind_of(source.config) is IMAGES)
     needs_tokenizer = isinstance(source_of_windows, TextSource) and options.tokenizer is None
     if isinstance(source, CheckpointSource) and needs_tokenizer:
-        check_tokenizer(source.checkpoint.folder)
+        check_tokenizer(source.folder)
 
 
 def calibration_windows(plan: RunPlan) -> Windows:
@@ -163,7 +163,7 @@ def run_tokenizer(plan: RunPlan) -> Any:
         return options.tokenizer
     read = load_image_processor if plan.skeleton.kind is IMAGES else load_tokenizer
     if not isinstance(plan.source, ModuleSource):
-        return read(plan.source.checkpoint.folder, options.trust_remote_code)
+        return read(plan.source.folder)
     if plan.skeleton.kind is IMAGES:
         raise ValueError(
             "pruning a loaded image classifier needs its image processor: pass tokenizer=, or "

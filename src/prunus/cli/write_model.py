@@ -28,7 +28,7 @@ from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.structure.structure_record import StructureRecipe
 
 if TYPE_CHECKING:
-    from prunus.engine.run import Command
+    from prunus.engine.command import Command
     from prunus.engine.session import Session
 
     _Begun = tuple[Command[Any, Any], Callable[[Any, Session], None] | None]
@@ -51,7 +51,7 @@ def prune(model: Model, output: Output, *, recipe: RecipeFile = None, **options:
 
         return Pruning(model, output, chosen, how), None
 
-    _carry_out(begin, output, f"{chosen.method} {output}")
+    _run_and_print(begin, output, f"{chosen.method} {output}")
 
 
 @with_flags(CompressionRecipe, RunOptions, rare=("head_bits",))
@@ -86,7 +86,7 @@ def compress(
         after = prepared_check(model, output, chosen, how, session) if check else None
         return Compression(model, output, chosen, how), after
 
-    record = _carry_out(begin, output, f"{chosen.target} {output}")
+    record = _run_and_print(begin, output, f"{chosen.target} {output}")
     from prunus.distributed import is_rank_0
     from prunus.formats.codec import codec_for
     from prunus.rounding.cards import commands
@@ -117,10 +117,10 @@ def shrink(model: Model, output: Output, *, recipe: RecipeFile = None, **options
 
         return Shrinking(model, output, chosen, how), None
 
-    _carry_out(begin, output, f"shrink {output}", structure_table)
+    _run_and_print(begin, output, f"shrink {output}", structure_table)
 
 
-def _carry_out(
+def _run_and_print(
     begin: Callable[[Session], _Begun],
     output: Path,
     title: str,
@@ -136,7 +136,7 @@ def _carry_out(
         table: From the record to its table.
     """
     with shown_steps(show_pruning(title, progress_console()), output) as callbacks:
-        from prunus.engine.run import run_verb
+        from prunus.engine.command import run_verb
         from prunus.engine.session import Session
 
         session = Session(**callbacks)

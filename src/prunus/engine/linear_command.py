@@ -18,6 +18,7 @@ import torch
 
 from prunus.calibration.corpora import LOCAL_SOURCES, data_folder
 from prunus.engine.block.change_block import BlockChanger
+from prunus.engine.command import Command, Run
 from prunus.engine.forecast import Trial, forecast
 from prunus.engine.linear_plan import (
     LinearPlan,
@@ -30,7 +31,6 @@ from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
 from prunus.engine.open_model import agreed_walks
 from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
-from prunus.engine.run import Command, Run
 from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import SILENT, Session
 from prunus.kernels.library import missing_words
@@ -129,7 +129,7 @@ class LinearCommand(Command[LinearPlan, _Record]):
             )
         return words
 
-    def change(self, run: Run[LinearPlan, _Record], prepared: Any) -> None:
+    def change_model(self, run: Run[LinearPlan, _Record], prepared: Any) -> None:
         """Change all linears block by block, and complete the result."""
         plan, session, record, recipe = run.plan, run.session, run.record, run.plan.recipe
         rounding = self.rounding(run)
@@ -157,7 +157,7 @@ class LinearCommand(Command[LinearPlan, _Record]):
             place = "" if self.result is None else f", and completing {self.output}"
             session.tell(f"working on what lies outside the blocks{place}")
             pruned_head: dict[str, torch.Tensor] = {}
-            if recipe.training.head:
+            if recipe.extras.head:
                 pruned_head, record.head = changer.prune_head(batches)
             needs_head = rounding is not None and rounding.needs_head
             head = changer.head_statistics(batches) if needs_head else None
