@@ -10,8 +10,8 @@ export PRUNUS_SHARED ?= ../shared
 # Tests start many interpreters, and each of them would compile all modules, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check size hostile cuda docs sanitize wheel-test start-test vllm-test gguf-test \
-	install clean
+.PHONY: demo test test-slow check size cuda docs sanitize wheel-test start-test vllm-test \
+	gguf-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -38,7 +38,7 @@ size: $(STAMP)
 
 # On a machine with a CUDA device: the tests that need one, then a table of what runs take there.
 cuda: $(STAMP)
-	$(BIN)/python -m pytest -m "cuda or gpu"
+	$(BIN)/python -m pytest -m cuda
 	$(BIN)/python benchmarks/gpu.py build/gpu --json docs/results/gpu.json
 
 demo: $(STAMP)
@@ -96,12 +96,10 @@ gguf-test: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 
-# Ten thousand hostile inputs, and kills of all verbs. `make test` has a twentieth of them or more.
-# Then the runs whose masks feed back into weights, against the original's.
-hostile: $(STAMP)
-	$(BIN)/python -m pytest -rP -m slow tests/model/checkpoint/test_hostile.py \
-	    tests/model/checkpoint/test_faults.py tests/model/test_config_limits.py \
-	    tests/pruning/test_golden.py
+# What takes long: ten thousand hostile inputs, kills of all verbs, whole runs against masks of the
+# original, notebooks, the site in a browser. `make test` has a part of most.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -rP -m slow -n $(JOBS) --dist load --max-worker-restart 0
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:

@@ -1,16 +1,15 @@
-"""Processor seconds of whole runs, for docs/results/times.json; with --limit also of their parts.
+"""Processor seconds of the parts of whole runs, for docs/results/parts.json.
 
-    python benchmarks/run_times.py MODEL SCRATCH --data DIR [--only NAME,NAME] [--patterns 0.5,0.6]
-    python benchmarks/run_times.py MODEL SCRATCH --data DIR --limit NAME [--only …] [--windows 4]
+    python benchmarks/run_times.py MODEL SCRATCH NAME --data DIR [--only NAME,NAME] [--windows 4]
 
 Each run is a process of its own on one thread. Its user and system seconds are counted, imports
-included, so that other work on the machine changes them little. Figures of other runs in the file
-stay. Five runs at two sparsities on SmolLM2-135M take some 35 minutes of one core.
+included, so that other work on the machine changes them little. The model is entered as NAME;
+figures of other runs in the file stay.
 
---limit enters the model as NAME into docs/results/parts.json: for each part of a run its seconds,
-its floating-point operations as torch counts them, and the speed of one large product, which the
-same process measures. Operations are counted in a second run, because counting takes up to half of
-the time. Those of C++ kernels are not counted, but those of the Gram matrix are.
+For each part of a run the file has its seconds, its floating-point operations as torch counts them,
+and the speed of one large product, which the same process measures. Operations are counted in a
+second run, because counting takes up to half of the time. Those of C++ kernels are not counted, but
+those of the Gram matrix are.
 """
 
 from __future__ import annotations
@@ -36,20 +35,12 @@ from torch.utils.flop_counter import flop_registry
 
 from prunus.hardware.machine import describe_hardware, versions
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-#: Series of the plots -> the options that choose it.
-RUNS = {
-    "magnitude": ["--method", "magnitude"],
-    "wanda": ["--preset", "fast"],
-    "sparsegpt": ["--method", "sparsegpt"],
-    "balanced": ["--preset", "balanced"],
-    "best": ["--preset", "best"],
-}
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "results" / "parts.json"
 #: Runs whose parts are timed -> their commands.
-LIMITS = {
-    "fast": ["prune", *RUNS["wanda"]],
-    "balanced": ["prune", *RUNS["balanced"]],
-    "best": ["prune", *RUNS["best"]],
+RUNS = {
+    "fast": ["prune", "--preset", "fast"],
+    "balanced": ["prune", "--preset", "balanced"],
+    "best": ["prune", "--preset", "best"],
     "feedback": ["compress", "--bits", "4"],
     "nearest": ["compress", "--bits", "4", "--rounding", "nearest"],
 }
@@ -61,14 +52,17 @@ PARTS = {
         *("model.source:CheckpointSource.read_outside", "engine.loop:tensors_digest"),
     ],
     "writing": ["engine.folder:ResultFolder.write_shard", "engine.output:ShardFolder.complete"],
-    "measurement": ["engine.allocate_sparsity:measure_loss", "compression.rounding:measure_loss"],
-    "types": ["compression.rounding:type_losses"],
+    "measurement": [
+        "pruning.allocate_sparsity:measure_loss",
+        "compression.type_rounding:measure_loss",
+    ],
+    "types": ["compression.type_rounding:type_losses"],
     "forward": ["engine.block.change_block:BlockChanger._walk", "model.stream:Stream.advance"],
     "Gram": ["methods.statistics:InputStatistics.add", "kernels.library:Library.add_gram"],
     "method": ["methods.table:Method.apply"],
     "output error": ["engine.block.linear:_output_error"],
     "training": ["engine.reconstruction.reconstruct_block:train_block"],
-    "embedding, head": ["compression.rounding:rounded_outside"],
+    "embedding, head": ["compression.type_rounding:rounded_outside"],
 }
 aten = torch.ops.aten
 #: Operations of torch beside those that torch counts -> from their result or first argument.
@@ -88,42 +82,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("scratch", type=Path)
+    parser.add_argument("name", help="what the table calls the model")
     parser.add_argument("--data", type=Path, required=True, help="local copies of the datasets")
     parser.add_argument("--only", help="names of runs")
-    parser.add_argument("--patterns", default="0.5,0.6", help="sparsities")
-    parser.add_argument("--limit", metavar="NAME", help="time the parts; the model as a table")
-    parser.add_argument("--windows", default="16", help="windows of 512 tokens with --limit")
+    parser.add_argument("--windows", default="16", help="windows of 512 tokens")
     options = parser.parse_args()
 
-    path = RESULTS / ("parts.json" if options.limit else "times.json")
-    times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
+    times = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {"seconds": {}}
     times |= {"hardware": describe_hardware(torch.device("cpu")), "versions": versions()}
-    model, scratch = options.model, options.scratch
+    parts = options.scratch / "parts.json"
     few = "" if options.windows == "16" else f", {options.windows} windows"
-    for name in (options.only or ",".join(LIMITS if options.limit else RUNS)).split(","):
-        for sparsity in ("",) if options.limit else options.patterns.split(","):
-            python, cell = [sys.executable], f"{round(100 * float(sparsity or 0))} %"
-            if options.limit:
-                python += [__file__, "--parts", str(scratch / "parts.json")]
-                command, windows = LIMITS[name], ["--samples", options.windows, "--seqlen", "512"]
-                cell = name + few
-            else:
-                python += ["-m", "prunus"]
-                command = ["prune", *RUNS[name], "--sparsity", sparsity]
-                windows = ["--samples", "32", "--seqlen", "1024"]
-            output = scratch / ("run.gguf" if command[0] == "compress" else "run")
-            given = [model, str(output), *command[1:], *windows, "--data", str(options.data)]
-            figures = taken = processor_seconds([*python, command[0], *given])
-            shutil.rmtree(output, ignore_errors=True)
-            if options.limit:
-                timed = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
-                python[2] = "--operations"
-                processor_seconds([*python, command[0], *given])
-                counted = json.loads((scratch / "parts.json").read_text(encoding="utf-8"))
-                figures = timed | {"all": taken, "operations": counted["operations"]}
-            times["seconds"].setdefault(options.limit or name, {})[cell] = figures
-            print(f"{name}, {cell}: {taken:.1f} s", flush=True)
-            path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    for name in (options.only or ",".join(RUNS)).split(","):
+        verb, *rest = RUNS[name]
+        output = options.scratch / ("run.gguf" if verb == "compress" else "run")
+        windows = ["--samples", options.windows, "--seqlen", "512", "--data", str(options.data)]
+        command = [str(parts), verb, options.model, str(output), *rest, *windows]
+        taken = processor_seconds([sys.executable, __file__, "--parts", *command])
+        shutil.rmtree(output, ignore_errors=True)
+        timed = json.loads(parts.read_text(encoding="utf-8"))
+        processor_seconds([sys.executable, __file__, "--operations", *command])
+        counted = json.loads(parts.read_text(encoding="utf-8"))["operations"]
+        figures = timed | {"all": taken, "operations": counted}
+        times["seconds"].setdefault(options.name, {})[name + few] = figures
+        print(f"{name}{few}: {taken:.1f} s", flush=True)
+        FIGURES.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
 
 
 def processor_seconds(command: list[str]) -> float:

@@ -30,7 +30,7 @@ from prunus.formats.gguf.file import GgufFile, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.types import TYPES, GgufType
 from prunus.hardware.machine import describe_hardware
-from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_to_nearest
 
 ROWS = 16
 PROMPT, TOKENS = 128, 32
@@ -41,7 +41,7 @@ def few_rows(columns: int, kind: GgufType) -> torch.Tensor:
     """The bytes of some rows of random weights in a type."""
     generator = torch.Generator().manual_seed(0)
     rows_OI = 0.02 * torch.randn((ROWS, columns), generator=generator)
-    return round_in_groups(rows_OI, kind, None).data_OB
+    return round_to_nearest(rows_OI, kind, None).data_OB
 
 
 def content(shape: tuple[int, ...], kind: GgufType) -> torch.Tensor:

@@ -21,17 +21,17 @@ os.environ.pop("PRUNUS_DATA", None)
 
 import pytest
 
-# Hooks of pytest: tests marked `cuda` run on a device, real or pretend.
-from pretend_cuda_plugin import pytest_runtest_protocol, pytest_unconfigure
+import pretend_cuda
 
-__all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
+if pretend_cuda.INSTALLED in os.environ:
+    pretend_cuda.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What takes longest: two servers, each with all tests that ask it, and files. They start first, so
-#: that no process waits for one at the end.
+#: What takes longest: a server with all tests that ask it, and files. They start first, so that no
+#: process waits for one at the end.
 SLOW = (
-    "script_server.py", "pretend_cuda_server.py", "pruning/test_golden.py",
+    "script_server.py", "hardware/test_pretend_cuda.py", "pruning/test_golden.py",
     "docs/test_tutorials.py", "cli/test_cli.py", "pruning/test_families.py",
     "reporting/test_browser.py", "methods/test_methods_golden.py", "pruning/test_experts.py",
     "hardware/test_processors.py", "sweeping/test_sweep.py", "evaluation/test_tasks.py",
@@ -158,6 +158,14 @@ def _no_wait_for_the_disk() -> Iterator[None]:
         yield
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device; hardware/test_pretend_cuda.py runs it on a pretend one")
+
+
 def pytest_collection() -> None:
     """While libraries are imported, nothing is garbage."""
     gc.disable()
@@ -165,15 +173,13 @@ def pytest_collection() -> None:
 
 @cache
 def _unit(file: Path) -> str:
-    """The tests of one unit run in one process: those that ask the same server, or those of a file.
+    """The tests of one unit run in one process: those that ask the server, or those of a file.
 
-    A server imports torch, which takes longer than most tests. So each of them starts once.
+    The server imports torch, which takes longer than most tests. So it starts once.
     """
     text = file.read_text(encoding="utf-8")
     if "from scripts import" in text:
         return "script_server.py"
-    if "pytest.mark.cuda" in text:
-        return "pretend_cuda_server.py"
     return file.relative_to(ROOT / "tests").as_posix()
 
 

@@ -149,19 +149,19 @@ def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
                 assert count <= 30, f"{path}: {node.name} has {count} methods"
 
 
-def loaded(code: str) -> set[str]:
-    """The modules of the package that a new interpreter has loaded after this code."""
-    shown = f"import sys, prunus; {code}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", shown], check=True, capture_output=True, text=True)
-    return {name for name in done.stdout.split() if name.partition(".")[0] == "prunus"}
-
-
 def test_the_engine_loads_no_command_pruning_no_format_and_a_folder_of_mlx_no_gguf():
-    pruning = loaded("prunus.prune")
-    assert not {"prunus.compression", "prunus.formats.codec", "prunus.formats.gguf"} & pruning
-    engine = loaded("import prunus.engine.linear_command, prunus.engine.forecast")
+    """In one new interpreter, one after the other."""
+    steps = (
+        "import prunus.engine.linear_command, prunus.engine.forecast",
+        "prunus.prune",
+        "prunus.compress; prunus.model.formats.format_named('mlx').load()",
+    )
+    code = "; ".join(f"{step}; print(*sys.modules)" for step in ("import sys, prunus", *steps))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    _, engine, pruning, mlx = (set(line.split()) for line in done.stdout.splitlines())
     assert not {"prunus.pruning", "prunus.rounding", "prunus.compression"} & engine
-    mlx = loaded("prunus.compress; prunus.model.formats.format_named('mlx').load()")
+    assert not {"prunus.compression", "prunus.formats.codec", "prunus.formats.gguf"} & pruning
     assert "prunus.formats.gguf" not in mlx
 
 

@@ -66,7 +66,7 @@ class Option:
 
 #: Options whose values may be names of files; a method may be FILE.py:NAME.
 _NAMING_FILES = (
-    "allocation", "calibration", "fast_on", "masks", "method", "template", "text", "type",
+    "allocation", "calibration", "fast_on", "masks", "method", "template", "text", "types_from",
 )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_plan_counts_the_measurement(dense):
     facts = [dict(plan_facts(plan.describe()).items) for plan in plans]
     assert "removed" not in facts[0]["weights"] and "are removed" in facts[1]["weights"]
     assert "sparsity" not in facts[0] and facts[1]["sparsity"] == "the same everywhere"
-    memory = measuring_memory(plans[0], quantizes=True)
+    memory = measuring_memory(plans[0], feedback=True)
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * plans[0].dtype.itemsize
     assert plans[0].describe()["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
@@ -96,7 +96,7 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
     recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, format="mlx")
     needed = BlockMemory(0, 0, 10**14, 0, 10**9)
     monkeypatch.setattr(
-        "prunus.rounding.loss_sensitivity.measuring_memory", lambda plan, quantizes: needed
+        "prunus.rounding.loss_sensitivity.measuring_memory", lambda plan, feedback: needed
     )
     command = Compression(dense, None, recipe, RunOptions(calibration_data=token_ids()))
     assert_refused(ValueError, "measuring how the loss depends on each linear needs", command.plan)

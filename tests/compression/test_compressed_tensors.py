@@ -21,7 +21,7 @@ from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
-from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_to_nearest
 from refusals import assert_refused
 from tiny import shards, stored, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -132,7 +132,7 @@ def test_transformers_loads_the_same_weights(options, dtype, tmp_path):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_package_reads_the_numbers_that_were_stored(bits):
     quantizer = integer_type(bits, 32, torch.bfloat16)
-    weight = round_in_groups(torch.randn(3, 64), quantizer)
+    weight = round_to_nearest(torch.randn(3, 64), quantizer)
     parts = TensorsCodec.encode("x.weight", weight, torch.bfloat16)
     packed, scale_OS, shape = parts.values()
     lowest_OS = scale_OS.float() * -(2 ** (bits - 1))
@@ -151,7 +151,7 @@ def test_the_bytes_are_those_that_the_package_wrote():
     for bits, digest in ((4, "f2ccabb7e6059b71"), (8, "40aff2e9d2d8922e")):
         quantizer = integer_type(bits, 256, torch.bfloat16)
         values_OI = torch.arange(256)[None] % 2**bits - 2 ** (bits - 1)
-        weight = round_in_groups(values_OI.float(), quantizer)
+        weight = round_to_nearest(values_OI.float(), quantizer)
         packed = TensorsCodec.encode("x", weight, torch.bfloat16)["x_packed"]
         assert torch.equal(weight.dense(), values_OI.float())
         assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16] == digest
@@ -251,7 +251,7 @@ def test_fp4_is_stored_and_described_as_the_package_does(options, dense, tmp_pat
 @pytest.mark.parametrize("magnitude", [0.0, 1e-36, 1e-20, 1.0, 1e10])
 def test_a_global_scale_suits_weights_of_any_magnitude(magnitude):
     weight_OI = torch.randn(4, 64) * magnitude
-    rounded = round_in_groups(weight_OI, fp4_type("NVFP4", float(weight_OI.abs().max())))
+    rounded = round_to_nearest(weight_OI, fp4_type("NVFP4", float(weight_OI.abs().max())))
     assert float((rounded.dense() - weight_OI).norm()) <= 0.12 * float(weight_OI.norm())
 
 

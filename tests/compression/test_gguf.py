@@ -41,7 +41,7 @@ from prunus.model.checkpoint import lock
 from prunus.model.checkpoint.files import move_file
 from prunus.model.open_folder import OpenFolder
 from prunus.rounding import llama_cpp
-from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_to_nearest
 from prunus.rounding.loss_sensitivity import LinearSensitivity
 from prunus.rounding.type_choice import Choice, choose_types
 from refusals import assert_refused
@@ -237,7 +237,7 @@ def test_the_loss_of_a_type_is_more_than_the_sum_of_independent_errors_at_few_bi
     use = LinearSensitivity(loss_O, importance_I=importance_I)
     quantizers = [TYPES[name] for name in ("Q2_K", "Q4_K", "Q8_0")]
     for quantizer, loss in zip(quantizers, type_losses(weight_OI, [use], quantizers), strict=True):
-        error_OI = round_in_groups(weight_OI, quantizer, importance_I).dense() - weight_OI
+        error_OI = round_to_nearest(weight_OI, quantizer, importance_I).dense() - weight_OI
         independent = error_OI.square() @ importance_I @ loss_O
         lost_share = independent / (weight_OI.square() @ importance_I @ loss_O)
         assert loss == pytest.approx(float(independent / (1 - 8 * lost_share)), rel=1e-3)
@@ -256,7 +256,7 @@ def test_few_rows_tell_the_loss_of_all_however_much_rows_differ(kind):
             LinearSensitivity(torch.randn(2000).exp(), importance_I=torch.rand(512) + 0.1)
             for _ in range(2)
         ]
-        all_rows_OI = round_in_groups(weight_OI, TYPES[kind], sum(x.importance_I for x in uses))
+        all_rows_OI = round_to_nearest(weight_OI, TYPES[kind], sum(x.importance_I for x in uses))
         (loss,) = type_losses(weight_OI, uses, [TYPES[kind]])
         (few,) = type_losses(weight_OI, uses, [TYPES[kind]], stacked=100)
         costs = [
@@ -297,8 +297,8 @@ def test_scales_that_are_powers_of_two_are_written_and_read(rounding, tmp_path):
     for name in (f"{x}.weight" for x, kind in record.types.items() if kind == "MXFP4"):
         assert (weights[name] - before[name]).norm() < 0.25 * before[name].norm()
         # They are values of the type, so rounding finds them again.
-        assert torch.equal(round_in_groups(weights[name], TYPES["MXFP4"]).dense(), weights[name])
-    again = compress(dense, tmp_path / "y.gguf", type=str(out), rounding=rounding)
+        assert torch.equal(round_to_nearest(weights[name], TYPES["MXFP4"]).dense(), weights[name])
+    again = compress(dense, tmp_path / "y.gguf", types_from=out, rounding=rounding)
     assert again.types == record.types
 
 
@@ -604,7 +604,7 @@ def test_weights_of_any_size_that_fits_are_rounded_to_finite_ones(magnitude):
     weight_OI[:, ::5] = 0
     for grid in TYPES.values():
         for share in (1.0, 0.3):
-            dense_OI = round_in_groups(weight_OI * share, grid).dense()
+            dense_OI = round_to_nearest(weight_OI * share, grid).dense()
             assert dense_OI.isfinite().all(), grid.name
             assert (dense_OI - weight_OI * share).abs().max() <= max(4 * magnitude, 1e-7)
 
@@ -615,7 +615,7 @@ def test_weights_that_no_scale_of_a_type_reaches_are_an_error(magnitude):
     # Only a scale that is a power of two of eight bits reaches 1e9.
     for grid in (x for x in TYPES.values() if not x.has_coarse_scale or magnitude > 1e9):
         with pytest.raises(ValueError, match=f"too large for {grid.name}, which reaches"):
-            round_in_groups(weight_OI, grid)
+            round_to_nearest(weight_OI, grid)
 
 
 def test_models_of_denormal_weights_are_written(one_block, tmp_path):
@@ -710,7 +710,7 @@ def test_each_weight_is_rounded_by_itself_with_the_mean_squares_of_its_inputs(
     rounded, inputs = imported(tmp_path / "x.gguf", tmp_path / "back"), whole_model(dense)
     for name in (x for x in record.types if "layers" in x):
         weight_OI, _, X_TI = inputs[name]
-        expected = round_in_groups(weight_OI, TYPES[record.types[name]], X_TI.square().mean(0))
+        expected = round_to_nearest(weight_OI, TYPES[record.types[name]], X_TI.square().mean(0))
         # Sums in another order move a weight where two values are as near.
         assert (rounded[f"{name}.weight"] != expected.dense()).float().mean() < 0.01, name
     linear = record.blocks[0].linears["mlp.up_proj"]
@@ -725,7 +725,7 @@ def test_the_types_are_those_of_least_loss_with_this_rounding(exact_products, tm
     importance_I, loss_O = X_TI.square().mean(0), squares_O + 0.1 * squares_O.mean()
     losses = {}
     for kind in (x for x in TYPES if TYPES[x].span == 256 or x == "Q8_0"):
-        error_OI = round_in_groups(weight_OI, TYPES[kind], importance_I).dense() - weight_OI
+        error_OI = round_to_nearest(weight_OI, TYPES[kind], importance_I).dense() - weight_OI
         loss = float(loss_O @ error_OI.square() @ importance_I)
         losses[kind] = loss / (1 - 4 * loss / float(loss_O @ weight_OI.square() @ importance_I))
     for bits in (3.0, 4.3, 5.0, 6.0):
@@ -756,16 +756,16 @@ def test_a_file_with_the_types_of_another_has_the_same_bytes(rounding, name, req
     model = request.getfixturevalue(name)
     first, again, last = (tmp_path / f"{x}.gguf" for x in (1, 2, 3))
     record = compress(model, first, bits=4.5, rounding=rounding)
-    interrupt(compress, model, again, type=str(first), rounding=rounding)
-    compress(model, again, type=str(first), rounding=rounding)
+    interrupt(compress, model, again, types_from=first, rounding=rounding)
+    compress(model, again, types_from=first, rounding=rounding)
     kinds = {name: kind.lower() for name, (kind, _) in contents(first).items()}
     lines = [f"^{name}$={kind}".replace(".", r"\.") for name, kind in kinds.items()]
     (tmp_path / "types").write_text("\n".join(lines))
-    named = compress(model, last, type=str(tmp_path / "types"), rounding=rounding)
+    named = compress(model, last, types_from=tmp_path / "types", rounding=rounding)
     assert contents(first) == contents(again) == contents(last)
     assert named.types == record.types
     # The file names the list without the folder that it was in.
-    assert prunus.inspect(last).linears and b'"type":"types"' in last.read_bytes()
+    assert prunus.inspect(last).linears and b'"types_from":"types"' in last.read_bytes()
 
 
 def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(
@@ -791,20 +791,25 @@ def test_types_of_another_model_or_that_prunus_does_not_write_are_refused(
         ("iq", r"IQ1_S for .*, and prunus writes Q4_0"),
         ("pattern", r"no tensor 'attn_\.\*'"),
         ("no list", "no tensor ''"),
-        ("missing", "missing is not a type .* or a file with the types"),
+        ("missing", "No such file or directory: .*missing"),
     ):
-        assert_refused(
-            ValueError, message, compress, one_block, tmp_path / "x.gguf", type=str(tmp_path / kind)
-        )
+        fault = FileNotFoundError if kind == "missing" else ValueError
+        asked = {"types_from": tmp_path / kind}
+        assert_refused(fault, message, compress, one_block, tmp_path / "x.gguf", **asked)
         assert sorted(tmp_path.iterdir()) == before
+    old_form, message = (
+        str(tmp_path / "short.gguf"),
+        "short.gguf is not a type .* or as `types_from`",
+    )
+    assert_refused(ValueError, message, compress, one_block, tmp_path / "x.gguf", type=old_form)
     # The head has the type that its own option names.
-    kinds = str(tmp_path / "short.gguf")
-    given = compress(one_block, tmp_path / "x.gguf", type=kinds, head_bits=4)
+    kinds = tmp_path / "short.gguf"
+    given = compress(one_block, tmp_path / "x.gguf", types_from=kinds, head_bits=4)
     assert given.types["lm_head"] == "Q4_K"
 
 
 def test_a_list_that_was_changed_since_a_run_was_killed_is_refused(small, tmp_path):
-    options = {"type": str(tmp_path / "types.gguf")}
+    options = {"types_from": tmp_path / "types.gguf"}
     compress(small, tmp_path / "types.gguf", type="Q4_0")
     interrupt(compress, small, tmp_path / "x.gguf", **options)
     compress(small, tmp_path / "types.gguf", type="Q8_0", overwrite=True)
@@ -845,7 +850,16 @@ def test_plan_writes_the_types_and_importances_that_llama_quantize_takes(
     assert file.read("blk.0.attn_q.weight.in_sum2").mean() == pytest.approx(96, rel=0.1)
     # Files that the command wrote are replaced, and a list leads to the same weights.
     call("plan", *asked, *lists, "--imatrix", matrix)
-    call("compress", model, tmp_path / "y.gguf", "--type", types, "--rounding", "nearest", *windows)
+    call(
+        "compress",
+        model,
+        tmp_path / "y.gguf",
+        "--types-from",
+        types,
+        "--rounding",
+        "nearest",
+        *windows,
+    )
     assert contents(out) == contents(tmp_path / "y.gguf")
 
 

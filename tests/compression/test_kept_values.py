@@ -37,7 +37,7 @@ def rounded_model(folder: Path, kind: str, ordinary: str = "") -> Path:
                 rows = len(weight) // 2 if ordinary and ordinary in name else len(weight)
                 weight[:rows] = unpacked(kind, weight[:rows])
 
-    gguf_checkpoint(folder, "qwen2")
+    gguf_checkpoint(folder, "qwen2", num_hidden_layers=1)
     edit_tensors(folder, change)
     return folder
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import prunus
 from prunus.distributed import SINGLE_PROCESS, is_rank_0, process_group, split_range
+from prunus.model.device import choose_device
 from prunus.pruning.manifest import Manifest
 from ranks import free_port
 from scripts import run_script
@@ -30,6 +32,22 @@ def found(tmp_path_factory) -> dict[str, dict]:
     cases = ["methods", "compressed", "shrunk", "messages", "uneven", "refused", "lost"]
     cases += ["evaluated", "recovered", "reconstructed"]
     return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "3 processes on this host and 2 CUDA devices, .*start 2 with --nproc-per-node"),
+        ("cuda:0", "device 'cuda:0' would be shared by the 3 processes on this host"),
+        ("cuda:2", "device 'cuda:2' is not there: 2 CUDA devices are visible"),
+    ],
+)
+def test_ranks_that_would_share_a_device_are_refused(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("prunus.model.device.ranks", lambda: SimpleNamespace(local_size=3))
+    with pytest.raises(ValueError, match=message):
+        choose_device(device)
 
 
 @pytest.mark.parametrize("name", ["wanda", "two passes", "allocation", "owl"])

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ INSTALL = DOCS / "start" / "install.md"
 START = [REPOSITORY / "README.md", *sorted(INSTALL.parent.glob("*.md"))]
 TUTORIALS = [*START, *sorted((DOCS / "tutorials").glob("*.md")), OWN_METHOD]
 OTHERS = sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})
+#: Pages that say how prunus is extended, each with a test of what it adds.
+EXTENDING = [page for page in OTHERS if "\n<!-- write: tests/" in page.read_text(encoding="utf-8")]
 #: Extra of the package -> the module that shows whether it is installed.
 EXTRAS = {
     "data": "datasets", "eval": "lm_eval", "gguf": "gguf", "adapters": "peft", "vision": "PIL",
@@ -187,6 +191,24 @@ def test_commands_of_other_pages_are_understood(page):
             check_options(words)
 
 
+@pytest.mark.parametrize("page", EXTENDING, ids=lambda page: page.stem)
+def test_what_a_page_adds_passes_the_tests_that_it_adds(page, tmp_path):
+    """In a copy of the package, which has the files and lines of the page."""
+    for folder in ("src/prunus", "tests/support"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignored)
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    written = [block.enter(tmp_path) for block in blocks(page)]
+    tests = [str(path) for path in written if path and path.name.startswith("test_")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 # --- notebooks ---
 
 NOTEBOOKS = sorted((REPOSITORY / "examples").glob("*.ipynb"))
@@ -203,6 +225,7 @@ def test_a_notebook_is_small_python_with_outputs_and_names_no_folder(path):
     assert any(cell["outputs"] for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_python_texts")
 @pytest.mark.filterwarnings("ignore:.*non-interactive", "ignore:mix. C4 cannot be loaded")
 @every_notebook

@@ -56,19 +56,21 @@ def test_local_tasks_have_lm_evals_own_prompts_and_scoring():
         assert here == there
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_local_rows_in_the_short_form_give_the_prompts_of_those_of_the_hub(name, model, tmp_path):
-    asked = []
+def test_local_rows_in_the_short_form_give_the_prompts_of_those_of_the_hub(model, tmp_path):
+    asked: dict[str, list] = {name: [] for name in TASKS}
     for form in (lambda name, row: row, reduced):
-        rows = [form(name, row) for row in upstream(name)]
-        write_split(tmp_path, name, SPLIT[name], rows)
-        samples = evaluate(model, name, tmp_path)["samples"][name]
-        asked.append([(row["arguments"], str(row["target"])) for row in samples])
-    assert asked[0] == asked[1]
-    assert len(asked[0]) == 6
+        for name in TASKS:
+            rows = [form(name, row) for row in upstream(name)]
+            write_split(tmp_path, name, SPLIT[name], rows)
+        for name, samples in evaluate(model, ",".join(TASKS), tmp_path)["samples"].items():
+            asked[name].append([(row["arguments"], str(row["target"])) for row in samples])
+    for name, (hub, local) in asked.items():
+        assert hub == local and len(hub) == 6, name
 
 
-def test_the_paper_mean_of_real_rows_and_the_file_of_lm_eval(model, data):
+@pytest.mark.parametrize("rows", ["local_datasets", pytest.param("data", marks=pytest.mark.slow)])
+def test_the_paper_mean_and_the_file_of_lm_eval_also_of_real_rows(rows, model, request):
+    data = request.getfixturevalue(rows)
     found = evaluate(model, "paper7,lambada_openai", data, limit=3)
     samples = found.pop("samples")
     assert list(samples) == [*PAPER7, "lambada_openai"]

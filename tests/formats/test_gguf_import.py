@@ -162,6 +162,7 @@ def test_transformers_alone_reads_a_file_as_its_import(family, tmp_path):
         assert torch.equal(alone(ids).logits, imported(ids).logits)
 
 
+@pytest.mark.usefixtures("short_python_texts")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmoe"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 def test_the_imported_tokenizer_has_the_tokens_of_the_file_alone(family, named, tmp_path):

@@ -19,7 +19,9 @@ FOLDER = '/home/some one/secret "place"'
 RECIPES = [
     Recipe(calibration=f"{FOLDER}/a.txt", method=f"{FOLDER}/own.py:prune", sparsity=0.5),
     CompressionRecipe(
-        calibration=f"{FOLDER}/a.txt", type=f"{FOLDER}/types.txt", template=f"{FOLDER}/full.gguf"
+        calibration=f"{FOLDER}/a.txt",
+        types_from=f"{FOLDER}/types.txt",
+        template=f"{FOLDER}/full.gguf",
     ),
     CompressionRecipe(size="900MB", fast_on=f"{FOLDER}/times.json", ignore=("*\\n", "b"), seed=3),
     RecoveryOptions(text=f"{FOLDER}/a.txt", mode="masked"),

@@ -528,7 +528,7 @@ def test_default_groups_are_those_of_the_paper():
 
 def test_every_declared_option_exists_and_defaults_fit_every_method():
     for name, method in METHODS.items():
-        assert set(method.reads) <= set(MethodOptions.model_fields), name
+        assert set(method.reads_options) <= set(MethodOptions.model_fields), name
         check_options(method, Pattern(group=method.default_group))
 
 

@@ -16,7 +16,7 @@ from prunus.model.levels import value_bits
 from prunus.pruning.manifest import Manifest
 from prunus.reporting.tables import plan_facts
 from prunus.rounding.compression_recipe import CompressionRecipe
-from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_to_nearest
 from tiny import token_ids
 from tiny_tokenizer import dense_checkpoint
 
@@ -48,7 +48,7 @@ def bits_of(matrix: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> int | 
 
 
 def unpacked(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    return round_in_groups(weight, TYPES[kind], None).dense().reshape(weight.shape)
+    return round_to_nearest(weight, TYPES[kind], None).dense().reshape(weight.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,7 +11,7 @@ import transformers
 import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.engine.block_memory import Memory
-from prunus.methods import patterns, statistics
+from prunus.methods import statistics
 from prunus.methods.solvers import least_squares
 from prunus.rounding import loss_sensitivity
 from stopping import interrupt
@@ -166,48 +166,6 @@ def test_a_loaded_model_is_pruned_on_its_device(dense, tmp_path):
             assert torch.equal(tensor.cpu(), expected[name]), name
 
 
-@pytest.mark.skipif(not PRETEND, reason="needs a second device")
-def test_the_device_with_the_given_number_is_used(dense, tmp_path):
-    from prunus.hardware.machine import memory_budget
-
-    for device in ("cpu", "cuda:1"):
-        prune(dense, tmp_path / device, device, method="alps", pattern="2:4")
-    assert_same_weights(tmp_path / "cpu", tmp_path / "cuda:1")
-    assert memory_budget(torch.device("cuda:1"), None) > 0
-
-
-# --- what goes over the bus, and how often the host waits ---
-
-
-@pytest.mark.skipif(not PRETEND, reason="only a pretend device counts")
-@pytest.mark.parametrize(("method", "waits"), [("wanda", 48), ("sparsegpt", 88)])
-def test_a_block_stays_within_its_budget(method, waits, tmp_path, monkeypatch):
-    """A weight goes to the device once and comes back once, and the host waits a few times.
-
-    The waits of two models with the same text are subtracted, one of which has one block more. So
-    what a run does once does not count.
-    """
-    from pretend_cuda import traffic
-
-    # Masks are not chosen in as many parts as on the processor.
-    monkeypatch.setattr(patterns, "_SCORES_AT_A_TIME", 2**10)
-    wide = {"hidden_size": 64, "intermediate_size": 256}
-    found = {}
-    for blocks in (1, 2):
-        folder = tmp_path / str(blocks)
-        tiny_checkpoint(folder / "dense", "llama", torch.float16, num_hidden_layers=blocks, **wide)
-        with traffic(least=1024) as found[blocks]:
-            prune(folder / "dense", folder / "out", "cuda:0", method=method, dtype="auto")
-    first, both = found[1], found[2]
-    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256)
-    assert both.uploads - first.uploads <= weights, both
-    assert both.downloads - first.downloads <= weights, both
-    assert both.waits - first.waits <= waits, both
-    # The second block travels from pinned memory, so that the host does not wait for the bus.
-    # What comes back is waited for in any case.
-    assert both.pageable - first.pageable == both.downloads - first.downloads, both
-
-
 def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch):
     """Gram matrices of 16-bit inputs do, those of float32 inputs do not."""
     found, add = [], statistics._add_symmetric
@@ -223,24 +181,3 @@ def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch)
         prune(dense, tmp_path / dtype, "cuda:0", method="sparsegpt", dtype=dtype)
         assert set(found) == {expected}
     assert torch.backends.cuda.matmul.fp32_precision == before
-
-
-@pytest.mark.skipif(not PRETEND, reason="only a pretend device counts")
-def test_hidden_states_travel_by_pinned_memory(dense, tmp_path, monkeypatch):
-    from pretend_cuda import traffic
-
-    monkeypatch.setattr(Memory, "hidden_states_stay", property(lambda self: False))
-    with traffic() as found:
-        prune(dense, tmp_path / "out", "cuda:0")
-    sizes = {k: size for (k, line), (_, size) in found.by_line.items() if line.startswith("stream")}
-    assert sizes.keys() - {"wait"} == {"download", "upload", "pageable upload"}, found
-    assert sizes["pageable upload"] == token_ids(4, 12).nbytes, "the token ids alone"
-
-
-@pytest.mark.skipif(not PRETEND, reason="a real device has refused such an operator already")
-def test_every_operator_that_ran_has_a_kernel_for_cuda(dense, tmp_path):
-    """The last test of this file, so that all others have run."""
-    from pretend_cuda import operators_without_cuda
-
-    prune(dense, tmp_path / "out", "cuda:0", method="alps", pattern="2:4")
-    assert operators_without_cuda() == []

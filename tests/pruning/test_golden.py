@@ -15,7 +15,12 @@ import reference
 from golden import CASES, agreement
 
 #: Linear by linear, these are compared more closely in test_methods_golden.py.
-SLOW = ("sparsegpt_2of4", "ablate_mag_iter_2of4", "ablate_wanda_iter_unstructured")
+SLOW = (
+    "sparsegpt_unstructured",
+    "sparsegpt_2of4",
+    "ablate_mag_iter_2of4",
+    "ablate_wanda_iter_unstructured",
+)
 MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
 
 
@@ -72,6 +77,7 @@ def test_sparsegpt_keeps_what_the_original_algorithm_keeps_on_this_machine(
         assert torch.equal(expected != 0, found != 0), name
 
 
+@pytest.mark.slow
 def test_sparsegpt_is_the_original_also_with_the_sums_of_avx2(golden):
     """torch, MKL and oneDNN take the order of sums of a processor without AVX-512.
 

@@ -16,8 +16,8 @@ from prunus.methods import InputStatistics, Work
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.rounding import group_sweep
 from prunus.rounding.codebooks import find_codewords
-from prunus.rounding.group_fits import fit_scales, round_in_groups, rounded_rows, span_fit
-from prunus.rounding.group_sweep import GroupRounding, quantize_in_groups
+from prunus.rounding.group_fits import fit_scales, round_to_nearest, rounded_rows, span_fit
+from prunus.rounding.group_sweep import GroupRounding, round_weight
 from refusals import assert_refused
 
 pytest.importorskip("gguf", reason="the package gguf is the reference, and has the codebooks")
@@ -113,7 +113,7 @@ def test_no_other_power_of_two_has_a_smaller_error(power):
     for step in 2.0 ** torch.arange(-20, 40):
         index_NB = (weight_NB[..., None] / step - values).abs().argmin(2)
         errors.append(((values[index_NB] * step - weight_NB).square() * importance_NB).sum(1))
-    found_NB = round_in_groups(weight_OI, kind, importance_I).dense().view(-1, 32)
+    found_NB = round_to_nearest(weight_OI, kind, importance_I).dense().view(-1, 32)
     error_N = ((found_NB - weight_NB).square() * importance_NB).sum(1)
     assert (error_N <= torch.stack(errors).amin(0) * 1.00001).all()
 
@@ -128,12 +128,12 @@ def test_widths_that_256_does_not_divide_get_the_types_of_llama_cpp():
 @every_quantizer
 def test_a_rounded_weight_has_the_values_of_the_quantizer_and_is_close(quantizer):
     weight_OI = torch.randn(8, 512)
-    rounded = round_in_groups(weight_OI, quantizer)
+    rounded = round_to_nearest(weight_OI, quantizer)
     dense_OI = rounded.dense()
     spans = quantizer.unpack(rounded.data_OB.view(-1, quantizer.nbytes))
     assert torch.equal(quantizer.pack(spans).view(8, -1), rounded.data_OB)
     assert (weight_OI - dense_OI).square().mean() < 4.0 ** (1.6 - quantizer.bits)
-    again_OI = round_in_groups(dense_OI, quantizer).dense()
+    again_OI = round_to_nearest(dense_OI, quantizer).dense()
     assert (again_OI - dense_OI).square().mean() < 0.1 * (weight_OI - dense_OI).square().mean()
 
 
@@ -146,7 +146,7 @@ def test_a_few_rows_are_rounded_at_once_to_the_same_values(quantizer, isa, monke
     weight_OI, importance_I = torch.randn(5, 1024), torch.rand(1024) + 0.1
     importance_I[256:512] *= 50
     for kind in (quantizer, replace(quantizer, columns=tuple(torch.randperm(1024).tolist()))):
-        dense_OI = round_in_groups(weight_OI, kind, importance_I).dense()
+        dense_OI = round_to_nearest(weight_OI, kind, importance_I).dense()
         at_once_OI = rounded_rows(weight_OI, kind, importance_I)
         is_same_OI = torch.isclose(at_once_OI, dense_OI, rtol=1e-3, atol=1e-6)
         assert is_same_OI.float().mean() > 0.8
@@ -157,8 +157,10 @@ def test_a_few_rows_are_rounded_at_once_to_the_same_values(quantizer, isa, monke
 def test_the_importance_of_a_column_lowers_its_error():
     weight_OI, importance_I = torch.randn(8, 256), torch.ones(256)
     importance_I[::4] = 100
-    with_it = (round_in_groups(weight_OI, TYPES["Q3_K"], importance_I).dense() - weight_OI).square()
-    without = (round_in_groups(weight_OI, TYPES["Q3_K"]).dense() - weight_OI).square()
+    with_it = (
+        round_to_nearest(weight_OI, TYPES["Q3_K"], importance_I).dense() - weight_OI
+    ).square()
+    without = (round_to_nearest(weight_OI, TYPES["Q3_K"]).dense() - weight_OI).square()
     assert with_it[:, ::4].sum() < without[:, ::4].sum()
     assert (with_it * importance_I).sum() < (without * importance_I).sum()
 
@@ -167,14 +169,14 @@ def test_weights_of_unused_inputs_are_kept():
     weight_OI, importance_I = torch.ones(2, 256), torch.zeros(256)
     for _ in range(2):
         assert (
-            round_in_groups(weight_OI, TYPES["Q3_K"], importance_I).dense() - 1
+            round_to_nearest(weight_OI, TYPES["Q3_K"], importance_I).dense() - 1
         ).abs().max() < 0.05
         importance_I[:128] = 1
 
 
 def test_zeros_stay_zeros():
     for quantizer in (*TYPES.values(), *PACKED.values()):
-        assert not round_in_groups(torch.zeros(2, 256), quantizer).dense().any()
+        assert not round_to_nearest(torch.zeros(2, 256), quantizer).dense().any()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_zeros_stay_zeros():
 def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
     monkeypatch.setattr(group_sweep, "_LEADING", LEADING)
     weight_OI, statistics = torch.randn(4, 512) / 20, statistics_of(512)
-    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
+    found = round_weight(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
 
     # Large inputs first: spans, groups within a span, columns within a group. Columns whose signs
     # and magnitudes are chosen together stay together.
@@ -259,8 +261,8 @@ def test_the_sweep_equals_a_slow_one(quantizer, monkeypatch):
 def test_feedback_lowers_the_error_of_the_outputs(quantizer):
     weight_OI, statistics = torch.randn(8, 512), statistics_of(512)
     gram_II = statistics.gram_II
-    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
-    rounded_OI = round_in_groups(weight_OI, quantizer, gram_II.diagonal()).dense()
+    found = round_weight(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
+    rounded_OI = round_to_nearest(weight_OI, quantizer, gram_II.diagonal()).dense()
     assert error(weight_OI, found.weight_OI, gram_II) < 0.7 * error(weight_OI, rounded_OI, gram_II)
 
 
@@ -268,7 +270,7 @@ def test_feedback_lowers_the_error_of_the_outputs(quantizer):
 def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
     """Every row of the grid is tried with all signs that the type allows."""
     weight_OI, importance_I = torch.randn(3, 256), torch.rand(256) + 0.1
-    rounded = round_in_groups(weight_OI, quantizer, importance_I)
+    rounded = round_to_nearest(weight_OI, quantizer, importance_I)
     spans, dense_OI, grid_KC = (
         quantizer.unpack(rounded.data_OB),
         rounded.dense(),
@@ -298,7 +300,7 @@ def test_codewords_are_the_best_of_all_for_their_scales(quantizer):
 def test_codebooks_have_smaller_errors_than_other_types_of_their_bits(codebook, scalar):
     weight_OI, importance_I = torch.randn(16, 512), torch.rand(512)
     codebook_error, scalar_error = (
-        ((round_in_groups(weight_OI, kind, importance_I).dense() - weight_OI) ** 2 @ importance_I)
+        ((round_to_nearest(weight_OI, kind, importance_I).dense() - weight_OI) ** 2 @ importance_I)
         for kind in (TYPES[codebook], TYPES[scalar])
     )
     assert TYPES[codebook].bits <= TYPES[scalar].bits
@@ -327,7 +329,7 @@ def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatc
 def test_rounding_with_feedback_keeps_the_length_of_outputs(quantizer):
     """Rounding alone makes them shorter, by 5 % and more at two bits."""
     weight_OI, statistics = torch.randn(8, 512) / 20, statistics_of(512)
-    found = quantize_in_groups(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
+    found = round_weight(weight_OI, statistics, Work(rounding=GroupRounding(quantizer)))
     weighted_OI = weight_OI @ statistics.gram_II
     kept_O = (weighted_OI * found.weight_OI).sum(1) / (weighted_OI * weight_OI).sum(1)
     # A scale of eight bits cannot hold the factor that makes them as long.
@@ -339,8 +341,8 @@ def test_processes_that_share_the_rows_get_the_same_weight():
     nearest = GroupRounding(TYPES["Q4_K"], statistics.sum_squares_I.float())
     for rounding in (GroupRounding(TYPES["Q4_K"]), nearest):
         work = Work(rounding=rounding)
-        alone = quantize_in_groups(weight_OI, statistics, work)
-        shared = quantize_in_groups(weight_OI, statistics, replace(work, rows=ThreeShards()))
+        alone = round_weight(weight_OI, statistics, work)
+        shared = round_weight(weight_OI, statistics, replace(work, rows=ThreeShards()))
         assert (alone.weight_OI != shared.weight_OI).float().mean() < 0.02
         assert torch.equal(shared.weight_OI, shared.rounded.dense())
-    assert torch.equal(shared.weight_OI, round_in_groups(weight_OI, *nearest).dense())
+    assert torch.equal(shared.weight_OI, round_to_nearest(weight_OI, *nearest).dense())

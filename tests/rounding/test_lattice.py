@@ -9,7 +9,7 @@ import torch
 from prunus.formats.compressed_tensors import integer_type
 from prunus.formats.gguf.types import TYPES
 from prunus.formats.mlx import affine_type
-from prunus.rounding.group_fits import round_in_groups
+from prunus.rounding.group_fits import round_to_nearest
 from prunus.rounding.group_quantizer import GroupedWeight
 from prunus.rounding.lattice import lossless_type, on_lattice
 
@@ -76,14 +76,14 @@ def test_scales_and_biases_of_mlx_are_found(bits, group):
     ids=lambda x: x.name,
 )
 def test_types_without_minima_of_all_formats_are_found(kind):
-    dense_OI = round_in_groups(weights(), kind).dense().to(kind.dtype)
+    dense_OI = round_to_nearest(weights(), kind).dense().to(kind.dtype)
     assert torch.equal(on_lattice(dense_OI, kind).dense().to(kind.dtype), dense_OI)
 
 
 def test_columns_in_the_order_in_which_they_are_stored_are_found():
     order = tuple(torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1)).tolist())
     kind = replace(TYPES["Q4_0"], columns=order)
-    dense_OI = round_in_groups(weights(), kind).dense().bfloat16()
+    dense_OI = round_to_nearest(weights(), kind).dense().bfloat16()
     assert torch.equal(on_lattice(dense_OI, kind).dense().bfloat16(), dense_OI)
     assert on_lattice(dense_OI, TYPES["Q4_0"]) is None
 

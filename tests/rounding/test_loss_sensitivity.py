@@ -38,7 +38,7 @@ def planned(folder, dtype: str = "float32", **options) -> LinearPlan:
 def streamed(
     plan: LinearPlan,
     seed: int = 0,
-    quantizes: bool = True,
+    feedback: bool = True,
     outside: bool = False,
     by_inputs: bool = False,
 ) -> dict[str, LinearSensitivity]:
@@ -46,7 +46,7 @@ def streamed(
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([IDS], None)
         damping = plan.work.options.damping
-        measurement = LossMeasurement(plan.selected, damping, seed, quantizes, outside, by_inputs)
+        measurement = LossMeasurement(plan.selected, damping, seed, feedback, outside, by_inputs)
         return loss_sensitivities(stream, IDS, measurement)
 
 
@@ -114,7 +114,7 @@ def test_embedding_and_head_are_measured_each_for_its_own_part(family, tied, tmp
 
 def test_the_curve_is_the_loss_of_what_wanda_removes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama")
-    found = streamed(planned(folder), quantizes=False)
+    found = streamed(planned(folder), feedback=False)
     expected = whole_model(folder)
     for name in found:
         weight_OI, squares_O, X_TI = expected[name]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from pretend_cuda import INSTALLED
 
-#: Whether CUDA devices are pretend ones; see `pretend_cuda_plugin.py`.
+#: Whether CUDA devices are pretend ones; see `pretend_cuda.py`.
 PRETEND = INSTALLED in os.environ
 
 

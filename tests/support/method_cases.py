@@ -5,7 +5,7 @@ Shape suffixes: O outputs (rows), I inputs, T tokens.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -108,8 +108,6 @@ class ThreeShards:
         # No shard asks another one here, so they need a slice of rows, and sums of their own.
         spans = [slice(*span) for span in itertools.pairwise(starts)]
         parts = [solve(SimpleNamespace(rows=span, sum=float)) for span in spans]
-        return replace(
-            parts[0],
-            weight_OI=torch.cat([part.weight_OI for part in parts]),
-            keep_OI=torch.cat([part.keep_OI for part in parts]),
-        )
+        names = [x.name for x in fields(parts[0]) if isinstance(getattr(parts[0], x.name), Tensor)]
+        whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], **whole)

@@ -346,9 +346,20 @@ def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     assert (tmp_path / "out/results.json").read_bytes() == (swept / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["scored", "calibration", "weights", "tokenizer"])
+CHANGED = ("scored", "calibration", "weights", "tokenizer")
+STOPS = ((2, True), (4, True), (4, False), (7, True), (99, True))
+#: One change at each stop, and all changes after the end, where each keeps other figures.
+FIRST = {(CHANGED[place % 4], *stop) for place, stop in enumerate(STOPS)} | {
+    (changed, *STOPS[-1]) for changed in CHANGED
+}
+
+
 @pytest.mark.parametrize(
-    ("lines", "stops"), [(2, True), (4, True), (4, False), (7, True), (99, True)]
+    ("changed", "lines", "stops"),
+    [
+        pytest.param(changed, *stop, marks=() if (changed, *stop) in FIRST else pytest.mark.slow)
+        for changed, stop in itertools.product(CHANGED, STOPS)
+    ],
 )
 def test_no_figure_stays_of_a_text_or_a_model_that_changed(changed, lines, stops, dense, tmp_path):
     """It changes when a sweep says its line of this number, which goes on or stops; or later."""

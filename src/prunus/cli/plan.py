@@ -27,7 +27,7 @@ COMMANDS = {
 _RECIPES = {"prune": Recipe, "compress": CompressionRecipe, "shrink": StructureRecipe}
 # Options that belong to one command: the first of these that is given says which one is planned.
 _TELLING = {
-    "compress": ("bits", "size", "type"),
+    "compress": ("bits", "size", "type", "types_from"),
     "shrink": ("blocks", "experts"),
     "recover": ("mode", "text", "teacher"),
 }

@@ -121,4 +121,4 @@ def _bytes_by_loss(plan: LinearPlan) -> int:
     """Bytes of the measurement that the choice of types or the fit of scales needs."""
     if not plan.storage.measures_loss:
         return 0
-    return measuring_bytes(plan, quantizes=plan.recipe.rounds == "feedback")
+    return measuring_bytes(plan, feedback=plan.recipe.rounds == "feedback")

@@ -36,9 +36,9 @@ from prunus.formats.codec import Codec
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.tensor_files import Writable, save_safetensors
 from prunus.rounding.compression_record import CompressionRecord
-from prunus.rounding.group_fits import round_in_groups, rounded_rows
+from prunus.rounding.group_fits import round_to_nearest, rounded_rows
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer, check_range
-from prunus.rounding.group_sweep import GroupRounding, quantize_in_groups
+from prunus.rounding.group_sweep import GroupRounding, round_weight
 from prunus.rounding.lattice import lossless_type, on_lattice
 from prunus.rounding.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.rounding.measuring_trial import Steps
@@ -80,24 +80,20 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
     tensors = tensors_from_rank_0(functools.partial(_measured_once, run, run.folder))
     if not size_plan.lasting.tensors().keys() <= tensors.keys():
         raise FileExistsError(
-            f"{size_plan.given.recipe.template} is not the file that this run began with: put it "
+            f"{size_plan.request.recipe.template} is not the file that this run began with: put it "
             "back as it was, or choose `overwrite` to start again"
         )
     choice = size_plan.choose(Measurement.of(tensors))
     if record.types not in ({}, choice.types):
+        recipe = size_plan.request.recipe
         raise FileExistsError(
-            f"{size_plan.given.recipe.type or size_plan.given.recipe.fast_on} has other types than "
-            "the finished blocks: the file was changed since. Put it back as it was, or choose "
-            "`overwrite` to start again"
+            f"{recipe.types_from or recipe.fast_on} has other types than the finished blocks: the "
+            "file was changed since. Put it back as it was, or choose `overwrite` to start again"
         )
     record.types, record.unmatched = choice.types, dict(size_plan.unmatched)
     on_rank_0(lambda: _check_outside(size_plan, choice))
     if said := size_plan.said(choice):
         session.tell(said)
-
-    def round_as(name: str) -> GroupRounding:
-        """A linear with an importance is rounded to nearest, the others with feedback."""
-        return GroupRounding(choice.quantizers[name], choice.importances.get(name))
 
     def encode(name: str, weight: GroupedWeight) -> dict[str, Tensor]:
         return codec.encode(source.weight_key(name), weight, source.weight_dtype(name))
@@ -122,7 +118,8 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
     corrects = plan.recipe.rounds == "feedback" and size_plan.head in choice.importances
     changes = bool(size_plan.outside or size_plan.left_out)
     tuning = functools.partial(tune, run, codec, choice) if record.recipe.tune else None
-    return Rounding(round_as, encode, decode, outside if changes else None, corrects, tuning)
+    outside_or_none = outside if changes else None
+    return Rounding(choice.rounding, encode, decode, outside_or_none, corrects, tuning)
 
 
 def _measured_once(
@@ -152,7 +149,7 @@ def _check_outside(size_plan: SizePlan, choice: TypeChoice) -> None:
     """
     for name, [key, *_] in size_plan.outside.items():
         with naming(key):
-            check_range(size_plan.given.source.checkpoint.whole(key), choice.quantizers[name])
+            check_range(size_plan.request.source.checkpoint.whole(key), choice.quantizers[name])
 
 
 def rounded_outside(
@@ -181,12 +178,12 @@ def rounded_outside(
         return kept
     with naming(key):
         if head is None:
-            return round_in_groups(weight_OI, quantizer, choice.importances.get(name))
+            return round_to_nearest(weight_OI, quantizer, choice.importances.get(name))
         work = replace(plan.work, rounding=GroupRounding(quantizer))
         parts = []
         for rows_OI in weight_OI.split(_HEAD_ROWS):
             rows_OI = rows_OI.to(plan.device, torch.float32)
-            grouped = quantize_in_groups(rows_OI, head, work).rounded
+            grouped = round_weight(rows_OI, head, work).rounded
             assert isinstance(grouped, GroupedWeight)
             parts.append(grouped.data_OB.cpu())
         return GroupedWeight(quantizer, torch.cat(parts))
@@ -244,7 +241,7 @@ def measured(
             plan.selected,
             plan.work.options.damping,
             plan.recipe.seed,
-            quantizes=corrects,
+            feedback=corrects,
             outside=True,
             by_inputs=size_plan.by_inputs,
         ),
@@ -377,9 +374,6 @@ def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
             times = len(plan.skeleton) / 2 if name.startswith(path) else 1
             seconds, started = seconds + times * (end - started), end
 
-    def round_as(name: str) -> GroupRounding:
-        return GroupRounding(choice.quantizers[name], choice.importances.get(name))
-
     def after(changer: BlockChanger, batches: list[Tensor]) -> float:
         """Seconds of the statistics of the head, and of rounding what lies outside the blocks."""
         started, head = time.perf_counter(), None
@@ -395,4 +389,4 @@ def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
                 taken += max(0.0, parts) * (time.perf_counter() - started)
         return taken
 
-    return Trial(seconds, round_as, after)
+    return Trial(seconds, choice.rounding, after)

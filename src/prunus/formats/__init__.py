@@ -7,7 +7,7 @@ step by step. What types are chosen, and how weights are rounded to them, is `ro
     table.py               the formats by name, suffix and key
     codec.py               what a format is: it plans, encodes, decodes, opens
     fixed.py               what llama.cpp and mlx-lm compute and no configuration changes
-    block_bytes.py         the bytes of quantised columns, as fields of bits
+    block_bytes.py         the bytes of rounded columns, as fields of bits
     gguf/                  files for llama.cpp, Ollama and LM Studio
     compressed_tensors.py  integers for vLLM and SGLang
     mlx.py                 integers for mlx-lm and LM Studio

@@ -1,4 +1,4 @@
-"""The bytes of quantised columns: every part of a span is stored in one or two fields.
+"""The bytes of rounded columns: every part of a span is stored in one or two fields.
 
 A field holds some bits of every integer of a part: in runs of `width` bytes, byte l has the
 integers l, width + l, 2·width + l, … of its run, from its low to its high bits. A field of width 0

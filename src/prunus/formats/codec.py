@@ -27,7 +27,7 @@ from prunus.model.source import ModuleSource
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.rounding.size_plan import Given, SizePlan, compressible
+from prunus.rounding.size_plan import PlanRequest, SizePlan, compressible
 from prunus.rounding.type_choice import Measurement
 
 
@@ -49,7 +49,7 @@ class Codec(ABC):
 
     @classmethod
     @abstractmethod
-    def plan(cls, given: Given) -> SizePlan:
+    def plan(cls, request: PlanRequest) -> SizePlan:
         """Which weights have types, which types, and what all may take together.
 
         Raises:
@@ -227,5 +227,5 @@ def size_plan_for(
     require_causal(opened.source.config, "prunus compress")
     path = None if folder is None else folder / MEASUREMENT
     earlier = Measurement.of(load_file(path) if path is not None and path.exists() else {})
-    given = Given(recipe, opened.source, opened.skeleton, selection, earlier)
-    return codec.plan(compressible(given, takes_pieces=recipe.template is not None))
+    request = PlanRequest(recipe, opened.source, opened.skeleton, selection, earlier)
+    return codec.plan(compressible(request, takes_pieces=recipe.template is not None))

@@ -35,7 +35,7 @@ from prunus.model.checkpoint.quantized import FP4_BY_CODE
 from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.rounding.size_plan import Given, SizePlan, folder_plan
+from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan
 
 # The kernels of vLLM know groups of these sizes. Fewer scales take fewer bits.
 _GROUPS = (128, 64, 32)
@@ -119,7 +119,7 @@ class TensorsCodec(Codec):
     }
 
     @classmethod
-    def plan(cls, given: Given) -> SizePlan:
+    def plan(cls, request: PlanRequest) -> SizePlan:
         """All linears, in one type that is asked for, or in those of least loss for the size.
 
         Embeddings and head stay as they are.
@@ -129,27 +129,27 @@ class TensorsCodec(Codec):
                 programs join would have several types, or the types do not reach the bits or the
                 size.
         """
-        recipe, linears = given.recipe, given.linears
-        given.refuse_gguf_options(takes_nearest=True, types=_FP4_GROUPS)
+        recipe, linears = request.recipe, request.linears
+        request.refuse_gguf_options(takes_nearest=True, types=_FP4_GROUPS)
         if recipe.head_bits not in (None, "none"):
             raise ValueError(
                 "compressed-tensors keeps embeddings and head as they are: leave `head_bits` out"
             )
-        given.check_widths(list(linears), _FP4_GROUPS.get(recipe.type or "", _GROUPS[-1]))
+        request.check_widths(list(linears), _FP4_GROUPS.get(recipe.type or "", _GROUPS[-1]))
         is_uniform = recipe.bits in _UNIFORM
-        sets = _joined(given, splits=is_uniform)
-        of_all = _groups_of(given, linears)
+        sets = _joined(request, splits=is_uniform)
+        of_all = _groups_of(request, linears)
 
         def types_of(names: Sequence[str]) -> list[PackedType]:
             """The types of linears that have one together, the smallest first."""
-            dtype = given.scale_dtype(names[0])
+            dtype = request.scale_dtype(names[0])
             if recipe.type is not None:
-                weights = (given.source.weight(f"{name}.weight") for name in names)
+                weights = (request.source.weight(f"{name}.weight") for name in names)
                 largest = max(float(weight.abs().max()) for weight in weights)
                 return [fp4_type(recipe.type, largest)]
             if is_uniform:
                 return [integer_type(int(recipe.bits or 0), of_all[0], dtype)]
-            groups = _groups_of(given, names)
+            groups = _groups_of(request, names)
             return [
                 integer_type(bits, group, dtype, f"W{bits}A16-g{group}")
                 for bits in _BITS
@@ -159,8 +159,8 @@ class TensorsCodec(Codec):
         weights = []
         for names in sets:
             # Scales are two bytes longer if the checkpoint is stored in float32.
-            beyond = given.source.weight_dtype(names[0]).itemsize - 2
-            weights.append(given.typed(names, types_of(names), beyond))
+            beyond = request.source.weight_dtype(names[0]).itemsize - 2
+            weights.append(request.typed(names, types_of(names), beyond))
         if recipe.type is not None:
             what = f"{recipe.type}, FP4 with a scale for each {_FP4_GROUPS[recipe.type]} inputs"
             tags = [recipe.type.lower()]
@@ -179,7 +179,7 @@ class TensorsCodec(Codec):
         )
         result = None if len(weights[0].quantizers) == 1 else "a compressed-tensors folder"
         return folder_plan(
-            given, weights, cls.encode, result, words=words, configure=_config, by_inputs=True
+            request, weights, cls.encode, result, words=words, configure=_config, by_inputs=True
         )
 
     @staticmethod
@@ -223,19 +223,19 @@ class TensorsCodec(Codec):
         return (f"{key}_scale",)
 
 
-def _joined(given: Given, splits: bool) -> list[list[str]]:
+def _joined(request: PlanRequest, splits: bool) -> list[list[str]]:
     """The linears that are compressed; those that programs join are together.
 
     Experts of a block are joined with each other.
 
     Args:
-        given: What is planned for.
+        request: What is planned for.
         splits: Whether some of those that programs join may be compressed without the others.
 
     Raises:
         ValueError: They would be, and must not.
     """
-    skeleton, sets = given.skeleton, defaultdict[str, list[str]](list)
+    skeleton, sets = request.skeleton, defaultdict[str, list[str]](list)
     for index in range(len(skeleton)):
         for linear in skeleton.linears(index):
             name = f"{skeleton.block_name(index)}.{linear.name}"
@@ -244,9 +244,9 @@ def _joined(given: Given, splits: bool) -> list[list[str]]:
             sets[experts if is_expert else f"{parent}.{_JOINED.get(leaf, leaf)}"].append(name)
     chosen = []
     for names in sets.values():
-        some = [name for name in names if name in given.linears]
+        some = [name for name in names if name in request.linears]
         if len(some) not in (0, len(names)) and not splits:
-            other = next(name for name in names if name not in given.linears)
+            other = next(name for name in names if name not in request.linears)
             raise ValueError(
                 f"vLLM and SGLang join {some[0]} and {other}, which need one type, and only the "
                 "first would be compressed: let `ignore` match both or none"
@@ -255,15 +255,15 @@ def _joined(given: Given, splits: bool) -> list[list[str]]:
     return chosen
 
 
-def _groups_of(given: Given, names: Iterable[str]) -> list[int]:
+def _groups_of(request: PlanRequest, names: Iterable[str]) -> list[int]:
     """The sizes of groups that divide the widths of all these linears, the largest first."""
-    widths = [given.linears[name].shape[1] for name in names]
+    widths = [request.linears[name].shape[1] for name in names]
     return [x for x in _GROUPS if not any(width % x for width in widths)]
 
 
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
-    """The config.json of the source, with how its linears are quantised."""
-    source, model = plan.given.source, plan.given.skeleton.model
+    """The config.json of the source, with how its linears are rounded."""
+    source, model = plan.request.source, plan.request.skeleton.model
     # A tied head is not stored. Engines take other matrices for linears too, such as routers.
     head = model.get_output_embeddings()
     dense = [name for name, module in model.named_modules() if module is head]

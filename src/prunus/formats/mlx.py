@@ -29,7 +29,7 @@ from prunus.formats.fixed import MLX, check_fixed
 from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
-from prunus.rounding.size_plan import Given, SizePlan, folder_plan
+from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan
 from prunus.words import name_patterns
 
 #: Model types whose weights mlx-lm 0.32 takes under the names that transformers gives them, and as
@@ -97,15 +97,15 @@ class MlxCodec(Codec):
     PROGRAMS: ClassVar[dict[str, str]] = {"mlx-lm": 'mlx_lm.generate --model OUT --prompt "Hello"'}
 
     @classmethod
-    def plan(cls, given: Given) -> SizePlan:
+    def plan(cls, request: PlanRequest) -> SizePlan:
         """All linears, the embedding and the head, in the bits of least loss for the size.
 
         Raises:
             ValueError: mlx-lm does not take the family, widths are no whole groups, or the types do
                 not reach the bits or the size.
         """
-        config = given.source.config
-        tied = is_tied(given.skeleton.model)
+        config = request.source.config
+        tied = is_tied(request.skeleton.model)
         if tied not in FAMILIES.get(config.model_type, ()):
             raise ValueError(
                 f"mlx-lm does not take the weights of a model of the family {config.model_type} "
@@ -114,10 +114,10 @@ class MlxCodec(Codec):
                 f"{', '.join(sorted(FAMILIES))}"
             )
         check_fixed("mlx-lm", "an MLX checkpoint", config, MLX[config.model_type])
-        given.refuse_gguf_options()
-        names = [*given.linears, *sorted(given.outside)]
-        given.check_widths(names, _GROUPS[-1])
-        weights = [given.typed([name], _types(given, name)) for name in names]
+        request.refuse_gguf_options()
+        names = [*request.linears, *sorted(request.outside)]
+        request.check_widths(names, _GROUPS[-1])
+        weights = [request.typed([name], _types(request, name)) for name in names]
         words = CardWords(
             "in the format of MLX, with {bits} bits per weight in its linears. Each weight has "
             "the bits (2 to 8) and the size of groups that lose the least for the size. mlx-lm and "
@@ -128,13 +128,13 @@ class MlxCodec(Codec):
             {"library_name": "mlx", "pipeline_tag": "text-generation"},
         )
         # mlx-lm drops further blocks (MTP) of the families that have them, and takes no others.
-        source = given.source
+        source = request.source
         left_out = source.checkpoint.tensors.keys() - set(source.stored.values())
         unmatched = {"the checkpoint": name_patterns(source.unused)} if source.unused else {}
         lists = {"left_out": left_out, "unmatched": unmatched}
         result = "an MLX checkpoint"
         return folder_plan(
-            given, weights, cls.encode, result, words=words, configure=_config, **lists
+            request, weights, cls.encode, result, words=words, configure=_config, **lists
         )
 
     @staticmethod
@@ -178,20 +178,20 @@ class MlxCodec(Codec):
             tensors[f"{module}.weight"] = weight_OI.to(stored)
 
 
-def _types(given: Given, name: str) -> list[BlockType]:
+def _types(request: PlanRequest, name: str) -> list[BlockType]:
     """The types whose groups fill the width, smallest first; `head_bits` may name the bits."""
-    recipe = given.recipe
-    fixed = recipe.head_bits is not None and name in given.outside
+    recipe = request.recipe
+    fixed = recipe.head_bits is not None and name in request.outside
     bits = [recipe.head_bits] if fixed else _BITS
-    columns = given.source.checkpoint.tensors[given.source.weight_key(name)].shape[1]
+    columns = request.source.checkpoint.tensors[request.source.weight_key(name)].shape[1]
     groups = [group for group in _GROUPS if columns % group == 0]
-    dtype = given.scale_dtype(name)
+    dtype = request.scale_dtype(name)
     return [affine_type(x, group, dtype) for x in _BITS if x in bits for group in groups]
 
 
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
     """The config.json of the source, with bits and groups of every module."""
-    source = plan.given.source
+    source = plan.request.source
     config = source.folder.dense_config
     described: dict[str, object] = {"group_size": 64, "bits": 4, "mode": "affine"}
     for key, kind in sorted((source.weight_key(name), kind) for name, kind in kinds.items()):
@@ -202,7 +202,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         **rope_keys(config),
         **config,
         # mlx-lm has defaults of its own where the file does not say it.
-        "tie_word_embeddings": is_tied(plan.given.skeleton.model),
+        "tie_word_embeddings": is_tied(plan.request.skeleton.model),
         "quantization": described,
         "quantization_config": described,
     }

@@ -40,13 +40,13 @@ class Method:
         updates_weights: False where every kept weight stays as it was, to the bit.
         options: The class of `Work.options`. A method with options of its own declares them in a
             class derived from `MethodOptions`.
-        reads: Of the options in `MethodOptions` those that belong to single methods and that this
-            one reads. What a Gram matrix serves reads `damping`, also a step after a method; any
-            other method that reads it names it here.
+        reads_options: Of the options in `MethodOptions` those that belong to single methods and
+            that this one reads. What a Gram matrix serves reads `damping`, also a step after a
+            method; any other method that reads it names it here.
         groups: Which groups of unstructured sparsity it supports; empty for all.
         n_of_m: Whether it has an N:M form.
-        why: Why it does not support the others, as the end of a sentence.
-        under: From options to the entries above that they change.
+        why_not: Why it does not support the others, as the end of a sentence.
+        changed_by: From options to the entries above that they change.
         has_reference_order: Whether it can repeat the order of operations of its original code.
         needs_drift: True where it reads how the inputs differ from those of the dense model.
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
@@ -61,11 +61,11 @@ class Method:
     default_group: str | int = "row"
     updates_weights: bool = False
     options: type[MethodOptions] = MethodOptions
-    reads: tuple[str, ...] = ()
+    reads_options: tuple[str, ...] = ()
     groups: tuple[str | int, ...] = ()
     n_of_m: bool = True
-    why: str = ""
-    under: Callable[[MethodOptions], dict[str, Any]] | None = None
+    why_not: str = ""
+    changed_by: Callable[[MethodOptions], dict[str, Any]] | None = None
     has_reference_order: bool = False
     needs_drift: bool = False
     adds_ridge: bool = False
@@ -153,13 +153,13 @@ class Method:
         >>> METHODS["obs"].with_options(MethodOptions(mask_from="magnitude")).default_group
         'layer'
         """
-        return self if self.under is None else replace(self, **self.under(options))
+        return self if self.changed_by is None else replace(self, **self.changed_by(options))
 
 
-def _obs_under(options: MethodOptions) -> dict[str, Any]:
+def _obs_changes(options: MethodOptions) -> dict[str, Any]:
     """Masks by magnitude, and masks that are chosen in blocks of columns, compare all rows."""
     if options.mask_order == "blockwise":
-        return {"default_group": "block", "groups": _BLOCKS, "why": _BY_BLOCKS}
+        return {"default_group": "block", "groups": _BLOCKS, "why_not": _BY_BLOCKS}
     return {"default_group": "layer"} if options.mask_from == "magnitude" else {}
 
 
@@ -192,7 +192,7 @@ _ALL = (
         needs="norms",
         groups=("row",),
         n_of_m=False,
-        why="each row gives up a share of its own score, so rows differ in sparsity",
+        why_not="each row gives up a share of its own score, so rows differ in sparsity",
     ),
     Method(
         name="ria",
@@ -200,7 +200,7 @@ _ALL = (
         function="prunus.methods.ria:prune",
         needs="norms",
         default_group="layer",
-        reads=("ria_power",),
+        reads_options=("ria_power",),
     ),
     Method(
         name="sparsegpt",
@@ -210,7 +210,7 @@ _ALL = (
         default_group="block",
         updates_weights=True,
         groups=_BLOCKS,
-        why=_BY_BLOCKS,
+        why_not=_BY_BLOCKS,
         has_reference_order=True,
     ),
     Method(
@@ -226,8 +226,8 @@ _ALL = (
         function="prunus.methods.obs_ablations:prune",
         needs="gram",
         updates_weights=True,
-        reads=("masks", "mask_from", "mask_order"),
-        under=_obs_under,
+        reads_options=("masks", "mask_from", "mask_order"),
+        changed_by=_obs_changes,
         has_reference_order=True,
     ),
     # The public code of ALPS compares all weights of a linear. Here each row keeps its share, as in
@@ -238,7 +238,7 @@ _ALL = (
         function="prunus.methods.alps:prune",
         needs="gram",
         updates_weights=True,
-        reads=("iterations",),
+        reads_options=("iterations",),
         adds_ridge=True,
     ),
     Method(
@@ -246,7 +246,7 @@ _ALL = (
         summary="remove the weights that given masks name",
         function="prunus.methods.given_mask:prune",
         needs="none",
-        reads=("masks",),
+        reads_options=("masks",),
     ),
 )
 
@@ -267,9 +267,9 @@ def check_owners(method: Method, options: MethodOptions) -> None:
     ValueError: ria_power belongs to method ria, not to wanda: drop it, or choose method ria
     """
     for name, field in MethodOptions.model_fields.items():
-        owners = [candidate.name for candidate in _ALL if name in candidate.reads]
+        owners = [candidate.name for candidate in _ALL if name in candidate.reads_options]
         is_set = getattr(options, name) != field.default
-        if owners and is_set and name not in method.reads:
+        if owners and is_set and name not in method.reads_options:
             raise ValueError(
                 f"{name} belongs to method {' and '.join(owners)}, not to {method.name}: drop it, "
                 f"or choose method {owners[0]}"
@@ -300,14 +300,16 @@ def check_options(
     check_owners(method, options)
     method = method.with_options(options)
     if not pattern.is_unstructured and not method.n_of_m:
-        raise ValueError(f"{method.name} has no {pattern} form: {method.why}. Use another method")
+        raise ValueError(
+            f"{method.name} has no {pattern} form: {method.why_not}. Use another method"
+        )
     if pattern.is_unstructured and method.groups and pattern.group not in method.groups:
         supported = " or ".join(map(str, method.groups))
         raise ValueError(
-            f"{method.name} does not support the group {pattern.group}: {method.why}. "
+            f"{method.name} does not support the group {pattern.group}: {method.why_not}. "
             f"Use group {supported}, or another method"
         )
-    reads_damping = method.needs == "gram" or "damping" in method.reads
+    reads_damping = method.needs == "gram" or "damping" in method.reads_options
     if options.damping is not None and options.weight_update == "none" and not reads_damping:
         readers = ", ".join(other.name for other in _ALL if other.needs == "gram")
         raise ValueError(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,23 @@ class Pruned:
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
     rounded: Rounded | None = None
+
+
+@dataclass(slots=True)
+class RoundedRows:
+    """Some rows of a weight as a type of a format stores them.
+
+    Attributes:
+        data_OB: uint8, the bytes of each row.
+        notes: As those of `Pruned`.
+    """
+
+    data_OB: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+#: What is known of the rows of a shard.
+SolvedRows = TypeVar("SolvedRows", Pruned, RoundedRows)
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:
@@ -103,7 +120,9 @@ class RowShard:
 class RowSharding:
     """How the rows of a linear are split into shards: here one shard has all of them."""
 
-    def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
+    def solve(
+        self, rows: int, rows_per_group: int, solve: Callable[[RowShard], SolvedRows]
+    ) -> SolvedRows:
         """Solve a linear shard by shard and return the result for all its rows.
 
         Args:

@@ -149,7 +149,7 @@ def _by_loss(
         session,
         ids,
         digests,
-        LossMeasurement(plan.selected, damping, recipe.seed, quantizes=False),
+        LossMeasurement(plan.selected, damping, recipe.seed, feedback=False),
     )
     # From the least to the most that a linear may lose, a curve has (sparsity, loss).
     low, high = (sparsity + side * _MAX_DISTANCE for side in (-1, 1))

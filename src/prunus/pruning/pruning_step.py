@@ -91,7 +91,7 @@ def fit_to_model(
 
 def _bytes_by_loss(plan: LinearPlan) -> int:
     """Bytes of the measurement of an allocation by loss."""
-    return measuring_bytes(plan, quantizes=False)
+    return measuring_bytes(plan, feedback=False)
 
 
 def _given_masks(

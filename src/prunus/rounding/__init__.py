@@ -1,5 +1,19 @@
 """Weights in few bits: how they are rounded, what it costs, and which type each weight gets.
 
+One word for each thing:
+
+- type: what a weight is stored as, such as Q4_K: values, scales and bytes. In code it is a
+  quantizer, a `GroupQuantizer`, because `type` is a word of Python.
+- round: give a weight values of its type, with feedback (later columns correct the errors of
+  earlier ones) or to nearest (each weight by itself).
+- fit: choose the scales of a group, so that its rounded weights are near.
+- sweep: the pass over the columns of a linear that rounds with feedback.
+- code: the small integer that scales a group. level: the index of a value of the type.
+- encode: turn a rounded weight into the tensors of a file. decode: the inverse.
+- trial: a piece of a run that is timed, to say how long the run takes.
+
+"Quantised" is said of models and files of any program, as their users say it.
+
 group_quantizer.py     the values of weights whose columns share scales in groups
 group_fits.py          scales that fit the weights of a group, and rounding without feedback
 codebooks.py           several columns share a row of a grid: their fit

@@ -1,4 +1,4 @@
-"""Weights whose columns are quantised several at a time: their magnitudes are a row of a grid.
+"""Weights whose columns are rounded several at a time: their magnitudes are a row of a grid.
 
 A `CodebookQuantizer` is a `GroupQuantizer` that allows only some combinations of values. Its
 columns are cut into codewords of 4 or 8, and the magnitudes of a codeword are a row of the grid.
@@ -117,10 +117,10 @@ class CodewordFit:
         quantizer = self.quantizer
         extreme_GO = self.weight_BO.abs().unflatten(0, (-1, quantizer.group)).amax(1)
         step_GO = self._best([extreme_GO / quantizer.values[-1] / reach for reach in _REACHES])
-        d_O = quantizer.stored(step_GO.amax(0) / quantizer.codes[1])
+        d_O = quantizer.as_scale(step_GO.amax(0) / quantizer.codes[1])
         code_GO = ((over(step_GO, d_O) - 1) / 2).round_().mul_(2).add_(1).clamp_min_(1)
         scales = self.best_codes(Scales(d_O, torch.zeros_like(d_O), code_GO, 0 * code_GO))
-        return scales._replace(d_O=quantizer.stored(self._least_squares(scales)))
+        return scales._replace(d_O=quantizer.as_scale(self._least_squares(scales)))
 
     def best_codes(self, scales: Scales) -> Scales:
         """The codes with the smallest errors, at most 2 from those of `scales`; d stays."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,13 +32,13 @@ class CompressionRecipe(LinearOptions):
     """One run of compress, in the words of the command line.
 
     Attributes:
-        bits: The bits per weight of the linears in the result, 1 to 9; None with `size` or `type`.
+        bits: The bits per weight of the linears in the result, 1 to 9.
         size: The most bytes of the files with weights, or the preset of llama.cpp whose file has
-            them; None with `bits` or `type`.
+            them.
         format: The format of a folder. The name of a file implies its own.
-        type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder; or a file with the
-            type of each tensor of a GGUF file: another one, or a list as llama-quantize takes it.
-            None with `bits` or `size`.
+        type: The type of all linears, of GGUF or NVFP4 or MXFP4 in a folder.
+        types_from: A file with the type of each tensor of a GGUF file: another one, or a list as
+            llama-quantize takes it. Of these four, one is given, and the others are None.
         template: A GGUF file of the same model in full precision, as llama.cpp's converter makes
             it. The result has its tensors, fields and tokenizer. None takes what is known of the
             family.
@@ -106,9 +105,17 @@ class CompressionRecipe(LinearOptions):
     type: Annotated[
         str | None,
         Option(
-            "Store linears as a type, such as Q4_K or NVFP4, or all tensors as FILE has them.",
+            "Store linears as a type, such as Q4_K or NVFP4.",
             metavar="TYPE",
             suggestions=lambda: (*TYPE_NAMES, _OF_FOLDERS),
+        ),
+    ] = None
+    types_from: Annotated[
+        Path | None,
+        Option(
+            "Store each tensor as its type in FILE, a GGUF file or a list.",
+            metavar="FILE",
+            panel="GGUF files",
         ),
     ] = None
     template: Annotated[
@@ -185,7 +192,7 @@ class CompressionRecipe(LinearOptions):
         Raises:
             ValueError: A name is unknown, or less than one bit would be left for each weight.
         """
-        if self.type not in (None, _OF_FOLDERS) and not os.path.isfile(self.type):
+        if self.type not in (None, _OF_FOLDERS):
             check_type(self.type)
         if self.fast_on is not None:
             times_of(self.fast_on)
@@ -206,10 +213,15 @@ class CompressionRecipe(LinearOptions):
         Raises:
             ValueError: It does not hold; the message says what to give or to drop.
         """
-        if (self.bits, self.size, self.type).count(None) != 2:
+        if (self.bits, self.size, self.type, self.types_from).count(None) != 3:
             raise ValueError(
                 "give either `bits`, such as 3, the `size` of the file, such as 900MB or Q4_K_M, "
-                "or the `type` of a GGUF file, such as Q4_K"
+                "the `type` of a GGUF file, such as Q4_K, or `types_from`, a file with types"
+            )
+        if self.fast_on is not None and self.gives_types:
+            raise ValueError(
+                "`fast_on` chooses types, and `type` or `types_from` gives them: drop one of the "
+                "two"
             )
         fields = type(self).model_fields
         changed = [x for x in sorted(self.unused) if getattr(self, x) != fields[x].default]
@@ -229,6 +241,11 @@ class CompressionRecipe(LinearOptions):
         )
 
     @property
+    def gives_types(self) -> bool:
+        """Whether the types are given, and not chosen by their losses."""
+        return self.type is not None or self.types_from is not None
+
+    @property
     def rounds(self) -> str:
         """How weights become integers."""
         return self.rounding
@@ -240,7 +257,7 @@ class CompressionRecipe(LinearOptions):
             return f"the size of {self.size}"
         if self.size is not None:
             return in_bytes(self.size)
-        return self.type or f"{self.bits:g} bits"
+        return str(self.type or self.types_from or f"{self.bits:g} bits")
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

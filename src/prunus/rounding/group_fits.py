@@ -1,4 +1,4 @@
-"""Fit the steps and minima of a span of quantised columns to weights.
+"""Fit the steps and minima of a span of rounded columns to weights.
 
 The goal is a small weighted error Σ w·(x − d·code·value + dmin·minimum)² in every row. First every
 group gets its best real step and minimum, found among a few tens of candidates: each candidate
@@ -77,7 +77,7 @@ def span_fit(
     return SpanFit(weight_BO, importance_B, quantizer)
 
 
-def round_in_groups(
+def round_to_nearest(
     weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None = None
 ) -> GroupedWeight:
     """Round a weight to the nearest values, with the scales of the smallest weighted squared error.
@@ -108,7 +108,7 @@ def round_in_groups(
 def rounded_rows(
     weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None = None
 ) -> Tensor:
-    """What `round_in_groups` makes of a few rows, float32 (O, I), up to the last bits.
+    """What `round_to_nearest` makes of a few rows, float32 (O, I), up to the last bits.
 
     All spans are fitted at once, as if each were a run of rows, and no bytes are packed. For a few
     rows this takes a fraction of the time, most of which would be that of calling torch.
@@ -210,10 +210,10 @@ class SpanFit:
         lowest, highest = quantizer.codes
         if lowest == highest:
             # The span is a single group: d and dmin are its step and its offset.
-            d_O, dmin_O = quantizer.stored(step_GO[0] / lowest), offset_GO[0]
+            d_O, dmin_O = quantizer.as_scale(step_GO[0] / lowest), offset_GO[0]
             # A power of two is never 0, as the offset is without minima.
             if quantizer.has_minimum:
-                dmin_O = quantizer.stored(dmin_O)
+                dmin_O = quantizer.as_scale(dmin_O)
             codes_GO = torch.full_like(step_GO, lowest)
             return Scales(d_O, dmin_O, codes_GO, torch.ones_like(offset_GO))
         d_O = _common_factor(step_GO, lowest, highest)
@@ -253,11 +253,13 @@ class SpanFit:
     def _best_coarse(self) -> Tensor:
         """The step of each group (G, O) whose d has eight bits with the least error of weights."""
         quantizer, code = self.quantizer, self.quantizer.codes[0]
-        middle_GO = quantizer.stored(self.weight_GCO.abs().amax(1) / (quantizer.values[-1] * code))
+        middle_GO = quantizer.as_scale(
+            self.weight_GCO.abs().amax(1) / (quantizer.values[-1] * code)
+        )
         best_GO, step_GO = torch.full_like(middle_GO, torch.inf), middle_GO * code
         one_O, zero_GO = torch.ones_like(middle_GO[0]), torch.zeros_like(middle_GO)
         for factor in _FACTORS[quantizer.dtype]:
-            new_GO = quantizer.stored(middle_GO * factor) * code
+            new_GO = quantizer.as_scale(middle_GO * factor) * code
             error_GO = self._error(Scales(one_O, one_O, new_GO, zero_GO))
             _take(error_GO < best_GO, (error_GO, best_GO), (new_GO, step_GO))
         return step_GO
@@ -316,7 +318,7 @@ class SpanFit:
             (product_GO * code_GO).sum(0),
             (self.sum_GO * minimum_GO).sum(0),
         )
-        stored = self.quantizer.stored
+        stored = self.quantizer.as_scale
         return Scales(stored(d_O), stored(dmin_O), code_GO, minimum_GO)
 
     def _value_sums(self, value_GCO: Tensor) -> tuple[Tensor, Tensor]:

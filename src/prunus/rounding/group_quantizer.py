@@ -1,4 +1,4 @@
-"""Weights whose columns are quantised in groups: the values that a weight can have, and rounding.
+"""Weights whose columns are rounded in groups: the values that a weight can have.
 
 Every row is cut into spans of columns, and a span into groups. A weight of a group is
 
@@ -102,7 +102,7 @@ class GroupQuantizer(ABC):
         """Whether the values are consecutive integers."""
         return self.values[-1] - self.values[0] + 1 == len(self.values)
 
-    def stored(self, scale: Tensor) -> Tensor:
+    def as_scale(self, scale: Tensor) -> Tensor:
         """Numbers as d and dmin can hold them, float32."""
         return scale.to(self.dtype).float()
 
@@ -155,7 +155,7 @@ def _tables(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Te
 
 
 class Spans(NamedTuple):
-    """Spans of quantised weights in parts.
+    """Spans of rounded weights in parts.
 
     Attributes:
         d_N: float32, the scale of the codes, exact in the quantiser's dtype.
@@ -189,7 +189,7 @@ class Spans(NamedTuple):
 
 
 class GroupedWeight(NamedTuple):
-    """A weight that was quantised in groups, as the bytes that a file stores.
+    """A weight that was rounded in groups, as the bytes that a file stores.
 
     Attributes:
         quantizer: How bytes become weights.
@@ -282,7 +282,7 @@ def spans_with_gains(
         return spans
     rounded_OI = spans.dense(quantizer).view(weight_OI.shape)
     gain_N = output_gains(weight_OI, rounded_OI, weighted_OI).repeat_interleave(len(d_NO))
-    d_N, dmin_N = (quantizer.stored(scale_N * gain_N) for scale_N in spans[:2])
+    d_N, dmin_N = (quantizer.as_scale(scale_N * gain_N) for scale_N in spans[:2])
     return spans._replace(d_N=d_N, dmin_N=dmin_N)
 
 

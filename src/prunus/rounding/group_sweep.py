@@ -1,6 +1,6 @@
-"""Quantise columns in groups, such as a type of GGUF has, with feedback or without.
+"""Round columns in groups, such as a type of GGUF has, with feedback or without.
 
-Without feedback each weight is rounded by itself (`group_fits.round_in_groups`). The feedback is
+Without feedback each weight is rounded by itself (`group_fits.round_to_nearest`). The feedback is
 the OBS sweep of `solvers/obs.py`.
 
 The scales of a span are fitted when the sweep reaches it, to the weights as corrected so far, and
@@ -34,8 +34,8 @@ from torch import Tensor
 from prunus.hardware.numerics import low_precision_product
 from prunus.methods.solvers.obs import TILE, inverse_factor, ordered_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Pruned, RowShard, Work
-from prunus.rounding.group_fits import fit_scales, round_in_groups, span_fit
+from prunus.methods.work import Pruned, RoundedRows, RowShard, Work
+from prunus.rounding.group_fits import fit_scales, round_to_nearest, span_fit
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer, Scales, join_spans
 
 #: λ, a share of the mean diagonal of the Gram matrix, if an option does not choose it.
@@ -62,8 +62,8 @@ class GroupRounding(NamedTuple):
     importance_I: Tensor | None = None
 
 
-def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
-    """Quantise a weight in the groups of the quantiser of `work.rounding`.
+def round_weight(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+    """Round a weight in the groups of the quantiser of `work.rounding`.
 
     Args:
         weight_OI: float32; its rows consist of whole spans.
@@ -72,7 +72,7 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
             the Gram matrix; None means `DAMPING`.
 
     Returns:
-        The dense weight, the mask of its non-zero weights, and the quantised weight.
+        The dense weight, the mask of its non-zero weights, and the rounded weight.
 
     Raises:
         ValueError: The Gram matrix is not finite.
@@ -81,7 +81,7 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
     assert isinstance(work.rounding, GroupRounding)
     quantizer, importance_I = work.rounding
     if importance_I is not None:
-        quantize = partial(round_in_groups, quantizer=quantizer, importance_I=importance_I)
+        round_rows = partial(round_to_nearest, quantizer=quantizer, importance_I=importance_I)
     else:
         gram_II = statistics.gram_II
         assert gram_II is not None
@@ -96,7 +96,7 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
         order_I, upper_II, notes = ordered_factor(
             statistics, damping, order, _CORRELATIONS, _LEADING
         )
-        quantize = partial(
+        round_rows = partial(
             _round_with_feedback,
             quantizer=quantizer,
             gram_II=gram_II,
@@ -105,19 +105,19 @@ def quantize_in_groups(weight_OI: Tensor, statistics: InputStatistics, work: Wor
             upper_II=upper_II,
         )
 
-    def solve(shard: RowShard) -> Pruned:
+    def solve(shard: RowShard) -> RoundedRows:
         rows_OI = weight_OI[shard.rows]
         runs = round(len(rows_OI) / (_ROWS * torch.get_num_threads())) if rows_OI.is_cpu else 1
         # Whole vectors of every instruction set, so that a row has the same bits in any run.
         size = -(-len(rows_OI) // (64 * max(1, runs))) * 64
-        data_OB = torch.cat([quantize(run_OI).data_OB for run_OI in rows_OI.split(size)])
+        data_OB = torch.cat([round_rows(run_OI).data_OB for run_OI in rows_OI.split(size)])
         # Processes exchange the bytes, which are all that there is to know.
-        return Pruned(data_OB, data_OB.new_empty((len(data_OB), 0), dtype=torch.bool), dict(notes))
+        return RoundedRows(data_OB, dict(notes))
 
     solved = work.rows.solve(len(weight_OI), 1, solve)
-    quantized = GroupedWeight(quantizer, solved.weight_OI)
-    dense_OI = quantized.dense()
-    return Pruned(dense_OI, dense_OI != 0, solved.notes, quantized)
+    rounded = GroupedWeight(quantizer, solved.data_OB)
+    dense_OI = rounded.dense()
+    return Pruned(dense_OI, dense_OI != 0, solved.notes, rounded)
 
 
 def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor:

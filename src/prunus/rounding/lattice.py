@@ -187,7 +187,7 @@ def _fit(
     if quantizer.has_minimum:
         edge_VN = torch.where(upper_V1 > 0, highest_N, lowest_N)
         far_VN = lowest_N + highest_N - edge_VN
-        base_VN = quantizer.stored(edge_VN + 2 * shift_V1 * _half(edge_VN, quantizer.dtype))
+        base_VN = quantizer.as_scale(edge_VN + 2 * shift_V1 * _half(edge_VN, quantizer.dtype))
     else:
         far_N = torch.where(highest_N > -lowest_N, highest_N, lowest_N)
         far_N = far_N.abs() if quantizer.values[0] == -quantizer.values[-1] else far_N
@@ -206,7 +206,7 @@ def _fit(
         least_VN = ends.amin(0).where(counts, -torch.inf).amax(-1)
         most_VN = ends.amax(0).where(counts, torch.inf).amin(-1)
         middle_VN, doubt_VN = (least_VN + most_VN) / 2, (most_VN - least_VN) / 2
-        d_VN = torch.where(doubt_VN.isfinite(), quantizer.stored(middle_VN), d_VN)
+        d_VN = torch.where(doubt_VN.isfinite(), quantizer.as_scale(middle_VN), d_VN)
     fits_VN = (least_VN <= d_VN) & (d_VN <= most_VN)
     fits_VN &= ((value_VNC != 0) | (low_VNC <= 0) & (high_VNC >= 0)).all(-1)
     return fits_VN, d_VN, base_VN, levels_VNC

@@ -87,8 +87,8 @@ def check_type(name: str) -> None:
             f"types within the bytes of its file, or one of {', '.join(TYPE_NAMES)} for all linears"
         )
     raise ValueError(
-        f"{name} is not a type that prunus writes: give one of {', '.join(TYPE_NAMES)}, or a file "
-        f"with the types of all tensors{did_you_mean(name, TYPE_NAMES)}"
+        f"{name} is not a type that prunus writes: give one of {', '.join(TYPE_NAMES)}, or as "
+        f"`types_from` a file with the types of all tensors{did_you_mean(name, TYPE_NAMES)}"
     )
 
 

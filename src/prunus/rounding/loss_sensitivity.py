@@ -70,7 +70,7 @@ _FLOAT16_FACTORS = (2.0**12, 2.0**4, 2.0**-4)
 
 @dataclass(frozen=True)
 class LinearSensitivity:
-    """How the loss depends on errors of a linear, before it is pruned or quantised.
+    """How the loss depends on errors of a linear, before it is pruned or rounded.
 
     U is the upper Cholesky factor of the damped inverse Gram matrix, see `relative_steps`.
 
@@ -78,9 +78,9 @@ class LinearSensitivity:
         loss_O: s_i of each row, float32 (O,).
         curve_P: Σ s_i w_ij² E[x_j²] of the weights that Wanda removes at each sparsity, which is
             the loss if their errors were independent, float32 (P,). Empty where the linear is
-            quantised.
+            rounded.
         importance_I: By how much the squared error of a weight in each column raises that of its
-            output, float32 (I,): E[x_j²], or their mean / U_jj² where the linear is quantised and
+            output, float32 (I,): E[x_j²], or their mean / U_jj² where the linear is rounded and
             later columns correct the error.
     """
 
@@ -97,7 +97,7 @@ class LossMeasurement:
         selected: Per block the relative names of the linears to measure.
         damping: λ of the Gram matrices, see `relative_steps`.
         seed: Seed of the random draws of y or z.
-        quantizes: Whether the linears will be quantised with feedback, which needs Gram matrices of
+        feedback: Whether the linears will be rounded with feedback, which needs Gram matrices of
             their inputs. Else they are pruned, or each weight is rounded by itself.
         outside: Whether to measure the embedding and the head of a causal model too, each for its
             own part if they are tied.
@@ -108,7 +108,7 @@ class LossMeasurement:
     selected: Sequence[Sequence[str]]
     damping: float | None
     seed: int
-    quantizes: bool
+    feedback: bool
     outside: bool = False
     by_inputs: bool = False
 
@@ -116,7 +116,7 @@ class LossMeasurement:
         self, linears: Sequence[Linear], device: torch.device, factor: float
     ) -> dict[str, _Sums]:
         """Name -> empty sums of linears whose Gram matrices are in memory at the same time."""
-        width = part_width(linears) if self.quantizes else 0
+        width = part_width(linears) if self.feedback else 0
         return {
             linear.name: _Sums(linear, width, device, factor, self.by_inputs) for linear in linears
         }
@@ -223,12 +223,12 @@ def _shared(mean_O: Tensor) -> Tensor:
     return (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
 
 
-def measuring_memory(plan: RunPlan, quantizes: bool) -> BlockMemory:
+def measuring_memory(plan: RunPlan, feedback: bool) -> BlockMemory:
     """Memory of the measurement; `hidden` is that of the inputs of all blocks, on the host.
 
     Args:
         plan: The run.
-        quantizes: Whether the linears will be quantised, which needs Gram matrices of their inputs.
+        feedback: Whether the linears will be rounded, which needs Gram matrices of their inputs.
     """
     skeleton, itemsize = plan.skeleton, plan.dtype.itemsize
     blocks = range(len(skeleton))
@@ -250,16 +250,16 @@ def measuring_memory(plan: RunPlan, quantizes: bool) -> BlockMemory:
     curve = 3 * 4 * _CURVE_ROWS * widest
     return BlockMemory(
         weights=max(map(plan.source.block_nbytes, blocks)) + parameters * itemsize,
-        working=max(map(_gram_bytes, linears)) if quantizes else curve,
+        working=max(map(_gram_bytes, linears)) if feedback else curve,
         hidden=len(blocks) * tokens * hidden * itemsize,
         paused=0,
         transient=2 * tokens * hidden * itemsize + transient,
     )
 
 
-def measuring_bytes(plan: RunPlan, quantizes: bool) -> int:
+def measuring_bytes(plan: RunPlan, feedback: bool) -> int:
     """The most bytes of the measurement at once; see `measuring_memory`."""
-    memory = measuring_memory(plan, quantizes)
+    memory = measuring_memory(plan, feedback)
     return memory.total(hidden=plan.device.type == "cpu", paused=False)
 
 

@@ -59,7 +59,7 @@ def try_measurement(plan: LinearPlan, windows: Tensor) -> Trial:
     if plan.recipe.measures != "loss":
         return Trial()
     first, second, damping = Steps(), Steps(), plan.work.options.damping
-    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, quantizes=False)
+    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, feedback=False)
     for count, steps in enumerate((first, second), 1):
         measure_loss(two_blocks(plan), steps.session, windows[:count], {}, aim)
     return Trial(second.measuring(plan, first))

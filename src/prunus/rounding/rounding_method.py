@@ -11,7 +11,7 @@ from prunus.methods.method_options import MethodOptions
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.table import Method
 from prunus.methods.work import Pruned, PruneFunction, Work
-from prunus.rounding.group_sweep import GroupRounding, quantize_in_groups
+from prunus.rounding.group_sweep import GroupRounding, round_weight
 from prunus.rounding.lattice import on_lattice
 
 
@@ -28,11 +28,11 @@ def rounding_method(rounding: str, options: MethodOptions) -> Method:
     """
     feedback = rounding == "feedback"
     uses_dense_target = feedback and options.dense_weight != 0
-    function = partial(on_dense_target, quantize_in_groups) if uses_dense_target else None
+    function = partial(on_dense_target, round_weight) if uses_dense_target else None
     return Method(
         name="rounding",
         summary="round each weight to a type of the format",
-        function=partial(_keeping_values, function or quantize_in_groups),
+        function=partial(_keeping_values, function or round_weight),
         needs="gram" if feedback else "none",
         updates_weights=True,
         needs_drift=uses_dense_target,

@@ -1,6 +1,6 @@
 """Which weights of a result have types, and how large it becomes: what a run of compress plans.
 
-    Given          the model, its linears and the recipe: what a codec is asked about
+    PlanRequest          the model, its linears and the recipe: what a codec is asked about
     TypedWeight    a weight with the types that it can have
     SizePlan       all of them, the bytes that they may take, and so the choice of types
     folder_plan    the plan of a result that is a folder
@@ -40,7 +40,7 @@ _SAMPLED = 8
 
 
 @dataclass(frozen=True)
-class Given:
+class PlanRequest:
     """What a codec is asked to plan for.
 
     Attributes:
@@ -148,13 +148,13 @@ class Given:
         """
         recipe, nearest = self.recipe, self.recipe.rounding == "nearest" and not takes_nearest
         of_gguf = recipe.type not in (None, *types) or isinstance(recipe.size, str)
-        of_gguf = bool(of_gguf or recipe.template or recipe.fast_on)
+        of_gguf = of_gguf or bool(recipe.template or recipe.fast_on or recipe.types_from)
         if of_gguf or nearest:
             raise ValueError(
-                "`type`, `template`, `fast_on`, `rounding` nearest, sizes of llama.cpp's presets "
-                "and lists for llama-quantize belong to GGUF files: give the output a name that "
-                "ends in .gguf, or leave them out. `rounding` nearest, and `type` NVFP4 or MXFP4, "
-                "are for compressed-tensors too"
+                "`type`, `types_from`, `template`, `fast_on`, `rounding` nearest, sizes of "
+                "llama.cpp's presets and lists for llama-quantize belong to GGUF files: give the "
+                "output a name that ends in .gguf, or leave them out. `rounding` nearest, and "
+                "`type` NVFP4 or MXFP4, are for compressed-tensors too"
             )
 
     def typed(
@@ -253,14 +253,13 @@ class SizePlan(Storage):
     """The plan of a result whose weights have types.
 
     Attributes:
-        given: What it was made for.
+        request: What it was made for.
         weights: First module of each weight that has a type -> the weight.
         others: The bytes of all that has no type, whatever the types are.
         budget: The most bytes of all weights that have a type.
         words: What the model card says of the format.
         configure: From the plan and the record to the content of config.json; None for none.
         speeds: Type -> nanoseconds per weight; empty if time does not matter.
-        most_time: The most nanoseconds that all weights may take for each token.
         left_out: Names of matrices of the checkpoint that the result lacks, because no program
             reads them from it.
         lasting: What is known of the measurement before the run, which lasts with it.
@@ -269,14 +268,13 @@ class SizePlan(Storage):
         by_inputs: See `LossMeasurement`.
     """
 
-    given: Given
+    request: PlanRequest
     weights: Mapping[str, TypedWeight]
     others: int
     budget: int
     words: CardWords
     configure: Callable[[SizePlan, Mapping[str, GroupQuantizer]], Mapping[str, object]] | None
     speeds: Mapping[str, float] = field(default_factory=dict)
-    most_time: float = math.inf
     left_out: Collection[str] = ()
     lasting: Measurement = field(default_factory=Measurement)
     tensors: Mapping[str, Any] | None = None
@@ -299,8 +297,8 @@ class SizePlan(Storage):
             sizes = " to ".join(in_bytes(nbytes + self.others) for nbytes in (least, most))
             head = ", with embeddings and head" if self.outside else ""
             raise ValueError(
-                f"{self.given.recipe.target} is not possible in {result} of this model: its types "
-                f"take {bits} bits per weight{head}, and such files {sizes}"
+                f"{self.request.recipe.target} is not possible in {result} of this model: its "
+                f"types take {bits} bits per weight{head}, and such files {sizes}"
             )
 
     def choose(self, measurement: Measurement) -> TypeChoice:
@@ -328,14 +326,19 @@ class SizePlan(Storage):
         }
 
     @functools.cached_property
+    def most_time(self) -> float:
+        """The most nanoseconds that all weights may take for each token."""
+        return math.inf
+
+    @functools.cached_property
     def head(self) -> str | None:
         """The module that has the weight of the output head, if that weight has a type."""
-        return self.given.head_among(self.weights)
+        return self.request.head_among(self.weights)
 
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
         """Embedding and head, as far as they have a type -> stored names of the dense weight."""
-        outside = self.given.outside
+        outside = self.request.outside
         return {name: outside[name] for name in self.weights if name in outside}
 
     def file_bytes(self, choice: TypeChoice | None = None) -> int:
@@ -345,13 +348,13 @@ class SizePlan(Storage):
     @property
     def parameters(self) -> int:
         """How many numbers the model has."""
-        infos = self.given.source.checkpoint.tensors.values()
+        infos = self.request.source.checkpoint.tensors.values()
         return sum(math.prod(info.shape) for info in infos)
 
     def size(self, after: int, parts: Counter[str]) -> FileSize:
         """The size of a result of `after` bytes for people, who read what takes them."""
         return FileSize(
-            before=self.given.source.checkpoint.file_bytes(),
+            before=self.request.source.checkpoint.file_bytes(),
             after=after,
             parameters=self.parameters,
             bits_per_parameter=8 * after / self.parameters,
@@ -364,7 +367,7 @@ class SizePlan(Storage):
 
         A few rows of each say so. The run looks at all of them.
         """
-        linears, shares, nbytes = self.given.linears, Counter[str](), 0
+        linears, shares, nbytes = self.request.linears, Counter[str](), 0
         weights = {name: x for name, x in self.weights.items() if name in linears}
         for weight in weights.values():
             if weight.lossless is not None:
@@ -380,7 +383,9 @@ class SizePlan(Storage):
 
         Also the bits, if there is one number of them.
         """
-        parts = self.planned_parts() if self.tensors is None else parts_of(self.given, self.tensors)
+        parts = (
+            self.planned_parts() if self.tensors is None else parts_of(self.request, self.tensors)
+        )
         weight, *_ = self.weights.values()
         return {
             "file": self.size(self.file_bytes(), parts).model_dump(),
@@ -400,7 +405,7 @@ class SizePlan(Storage):
         if self.tensors is None:
             return ""
         weight, *_ = self.weights.values()
-        size = self.size(self.file_bytes(), parts_of(self.given, self.tensors))
+        size = self.size(self.file_bytes(), parts_of(self.request, self.tensors))
         return size.sentences(weight.quantizers[0].bits)[0]
 
     def check_lists(self, paths: Sequence[Path]) -> None:
@@ -423,7 +428,7 @@ class SizePlan(Storage):
     def card(self, record: CompressionRecord) -> str:
         """The model card of the result."""
         return quantized_card(
-            record, self.words, self.given.source.checkpoint.folder, self.lossless
+            record, self.words, self.request.source.checkpoint.folder, self.lossless
         )
 
     def config(self, record: CompressionRecord) -> Mapping[str, object] | None:
@@ -433,11 +438,11 @@ class SizePlan(Storage):
 
     def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
         """Enter the size of the files as written into the record."""
-        record.size = self.size(written.file_bytes(), parts_of(self.given, written.tensors))
+        record.size = self.size(written.file_bytes(), parts_of(self.request, written.tensors))
 
 
 def folder_plan(
-    given: Given,
+    request: PlanRequest,
     weights: Sequence[TypedWeight],
     encode: Encode,
     result: str | None = None,
@@ -446,7 +451,7 @@ def folder_plan(
     """The plan of a result that is a folder.
 
     Args:
-        given: What it is made for.
+        request: What it is made for.
         weights: The weights that have a type.
         encode: `Codec.encode`.
         result: What people call the result, such as "an MLX checkpoint", if `size` or `bits` decide
@@ -458,30 +463,38 @@ def folder_plan(
     """
     by_name = {weight.modules[0]: weight for weight in weights}
     # Headers are as long as those of the largest types.
-    shards = given.shards(by_name, encode, fields.get("left_out", ()))
+    shards = request.shards(by_name, encode, fields.get("left_out", ()))
     others = sum(map(file_nbytes, shards)) - sum(weight.nbytes[-1] for weight in weights)
-    fields |= {"source": given.source, "selection": given.selection, "given": given}
+    fields |= {"source": request.source, "selection": request.selection, "request": request}
     fields |= {"weights": by_name, "others": others, "first_share": FIRST_SHARE}
     if result is None:
         tensors = {key: info for shard in shards for key, info in shard.items()}
         budget = sum(weight.nbytes[0] for weight in weights)
-        nearest = given.recipe.rounding == "nearest"
+        nearest = request.recipe.rounding == "nearest"
         return SizePlan(budget=budget, tensors=tensors, measures_loss=nearest, **fields)
-    budget = budget_of(given.recipe, by_name, others)
+    size, bits = request.recipe.size, request.recipe.bits
+    assert not isinstance(size, str), "sizes of presets are for GGUF files"
+    budget = budget_of(by_name, others, size, bits)
     plan = SizePlan(budget=budget, measures_loss=True, **fields)
     plan.check_reach(result)
     return plan
 
 
-def budget_of(recipe: CompressionRecipe, weights: Mapping[str, TypedWeight], others: int) -> int:
-    """The bytes of all weights with a type: what `size` or `bits` leave for them.
+def budget_of(
+    weights: Mapping[str, TypedWeight], others: int, size: int | None, bits: float | None
+) -> int:
+    """The bytes of all weights with a type: what the size or the bits leave for them.
 
-    Without both, each weight has its smallest type.
+    Args:
+        weights: The weights.
+        others: The bytes of all else.
+        size: The most bytes of the result; None for any.
+        bits: Bits per weight; None for any. Without both, each weight has its smallest type.
     """
-    if isinstance(recipe.size, int):
-        return recipe.size - others
-    if recipe.bits is not None:
-        return int(recipe.bits * weights_in(weights) / 8)
+    if size is not None:
+        return size - others
+    if bits is not None:
+        return int(bits * weights_in(weights) / 8)
     return sum(min(weight.nbytes) for weight in weights.values())
 
 
@@ -490,21 +503,21 @@ def weights_in(weights: Mapping[str, TypedWeight]) -> int:
     return sum(math.prod(weight.shape) for weight in weights.values())
 
 
-def compressible(given: Given, takes_pieces: bool) -> Given:
+def compressible(request: PlanRequest, takes_pieces: bool) -> PlanRequest:
     """The same without the linears that no format can store as integers.
 
     Args:
-        given: All linears that the recipe selects.
+        request: All linears that the recipe selects.
         takes_pieces: Whether experts are compressed that the checkpoint stores in one tensor.
 
     Raises:
         NotImplementedError: No linear is left.
     """
-    source, skeleton = given.source, given.skeleton
+    source, skeleton = request.source, request.skeleton
     modules, stored = dict(skeleton.model.named_modules()), dict(source.stored)
     if takes_pieces:
         stored |= {name: name for name in source.pieces}
-    selection = given.selection.limited(
+    selection = request.selection.limited(
         skeleton,
         lambda name: (
             stored.get(f"{name}.weight", "").endswith(".weight")
@@ -516,17 +529,17 @@ def compressible(given: Given, takes_pieces: bool) -> Given:
             "none of the chosen linears can be stored as integers: they are transposed, "
             "special, or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
-    return replace(given, selection=selection)
+    return replace(request, selection=selection)
 
 
-def parts_of(given: Given, tensors: Mapping[str, Any]) -> Counter[str]:
+def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:
     """What takes the bytes of a folder, for people -> how many.
 
     Args:
-        given: What the folder is made of.
+        request: What the folder is made of.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the folder.
     """
-    source, model = given.source, given.skeleton.model
+    source, model = request.source, request.skeleton.model
     # The embedding comes last, so that a tied head counts as embedding.
     modules = {id(model.get_output_embeddings()): "output head"}
     modules[id(model.get_input_embeddings())] = "embeddings"

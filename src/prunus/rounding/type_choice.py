@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from prunus.rounding.group_quantizer import GroupQuantizer
+from prunus.rounding.group_sweep import GroupRounding
 
 # The search for the price of time: the factor by which it is raised, the most times it is raised,
 # and how many times the interval that has the price is halved then.
@@ -104,6 +105,10 @@ class TypeChoice:
 
     quantizers: Mapping[str, GroupQuantizer]
     importances: Mapping[str, Tensor]
+
+    def rounding(self, name: str) -> GroupRounding:
+        """How a linear is rounded: to nearest if it has an importance, else with feedback."""
+        return GroupRounding(self.quantizers[name], self.importances.get(name))
 
     @property
     def types(self) -> dict[str, str]:

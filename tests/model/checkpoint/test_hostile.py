@@ -33,7 +33,7 @@ CASES = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own memory from /proc")
-@pytest.mark.parametrize("times", [0.5, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [0.25, pytest.param(10, marks=pytest.mark.slow)])
 def test_hundreds_of_damaged_inputs(times, tmp_path):
     cases = [f"{kind}:{int(times * count + 0.5)}" for kind, count in CASES.items()]
     done = fork_script("hostile.py", tmp_path, 1, *cases)

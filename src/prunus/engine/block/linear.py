@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,13 @@ from prunus.hardware.numerics import (
 )
 from prunus.methods import Method, Work
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import UNSHARDED, Pruned, Rounded, RowShard, RowSharding
+from prunus.methods.work import (
+    UNSHARDED,
+    Rounded,
+    RowShard,
+    RowSharding,
+    SolvedRows,
+)
 from prunus.model.linears import Linear
 from prunus.words import naming
 
@@ -247,24 +253,25 @@ class _RankShard(RowShard):
 class _RowsOverRanks(RowSharding):
     """One shard per rank. With too few rows, every rank solves all of them."""
 
-    def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
+    def solve(
+        self, rows: int, rows_per_group: int, solve: Callable[[RowShard], SolvedRows]
+    ) -> SolvedRows:
         lengths = [len(part) for part in split_range(rows, ranks().size, rows_per_group)]
         if not all(lengths):
             return UNSHARDED.solve(rows, rows_per_group, solve)
         # Rows that compete with each other stay on one rank.
         part = ranks().own_range(rows, rows_per_group)
-        pruned = solve(_RankShard(slice(part.start, part.stop), lengths))
-        notes = [json.loads(text) for text in ranks().gather_text(json.dumps(pruned.notes))]
+        solved = solve(_RankShard(slice(part.start, part.stop), lengths))
+        notes = [json.loads(text) for text in ranks().gather_text(json.dumps(solved.notes))]
         # Weights and masks travel side by side, row by row, as bytes: one message instead of two.
-        weight_OI, keep_OI = pruned.weight_OI.contiguous(), pruned.keep_OI.contiguous()
-        sides = [weight_OI.view(torch.uint8), keep_OI.view(torch.uint8)]
+        values = {each.name: getattr(solved, each.name) for each in fields(solved)}
+        own = {name: x.contiguous() for name, x in values.items() if isinstance(x, Tensor)}
+        sides = [tensor.view(torch.uint8) for tensor in own.values()]
         all_OB = ranks().all_gather(torch.cat(sides, dim=1), lengths)
-        weight_OB, keep_OI = all_OB.split([side.shape[1] for side in sides], dim=1)
-        return Pruned(
-            weight_OB.contiguous().view(pruned.weight_OI.dtype),
-            keep_OI.contiguous().view(torch.bool),
-            _merge_notes(notes),
-        )
+        parts = all_OB.split([side.shape[1] for side in sides], dim=1)
+        whole = zip(own.items(), parts, strict=True)
+        tensors = {name: part.contiguous().view(x.dtype) for (name, x), part in whole}
+        return replace(solved, notes=_merge_notes(notes), **tensors)
 
 
 def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from prunus.engine.linear_plan import LinearSelection
 from prunus.formats.codec import Codec
 from prunus.formats.gguf.audit import FileAudit
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
-from prunus.formats.gguf.layout import GgufLayout, layout_of, types_in
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
 from prunus.formats.gguf.presets import preset_bytes
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
@@ -40,7 +41,7 @@ from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.lattice import lossless_type
 from prunus.rounding.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
 from prunus.rounding.size_plan import (
-    Given,
+    PlanRequest,
     SizePlan,
     TypedWeight,
     budget_of,
@@ -76,7 +77,7 @@ class GgufCodec(Codec):
         return FileAudit.of(path, reads_weights)
 
     @classmethod
-    def plan(cls, given: Given) -> SizePlan:
+    def plan(cls, request: PlanRequest) -> GgufPlan:
         """All matrices of the file: a type that the recipe gives, or that of least loss.
 
         Raises:
@@ -84,55 +85,19 @@ class GgufCodec(Codec):
                 several types, or the types do not reach the bits or the size.
             NotImplementedError: The family has no known layout.
         """
-        recipe, times = given.recipe, speeds_of(given.recipe.fast_on or "cpu")
-        names_file = recipe.type not in (None, *TYPES) and os.path.isfile(recipe.type or "")
-        if recipe.type is not None and not names_file:
-            type_named(recipe.type)
-        if recipe.type is not None and recipe.fast_on is not None:
-            raise ValueError("`fast_on` chooses types, and `type` gives them: drop one of the two")
-        lasting = Measurement()
-        if recipe.template is None:
-            layout = layout_of(given.source, given.skeleton)
-        else:
-            layout, lasting = layout_in(
-                recipe.template, given.source, given.skeleton, given.earlier
-            )
-            sources = {name for tensor in layout.tensors for name in tensor.sources}
-            limited = given.selection.limited(given.skeleton, lambda x: f"{x}.weight" in sources)
-            given = replace(given, selection=limited)
-        if isinstance(recipe.size, str):
-            recipe = recipe.model_copy(update={"size": _size_of(recipe.size, layout)})
-            given = replace(given, recipe=recipe)
-        linears, contents = given.linears, FileContents(layout, len(given.linears))
-        for names in (tensor.modules for tensor in layout.tensors):
-            if len({name in linears for name in names}) > 1:
-                raise ValueError(
-                    f"a GGUF file has one type for {names[0]} and all other experts of its block, "
-                    "and `ignore` matches some of them: let it match all or none"
-                )
-        # Without a choice by losses, the head has the type of llama.cpp's own files.
-        of_head = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
-        if recipe.head_bits is not None:
-            of_head = _HEAD_TYPES.get(recipe.head_bits)
-        kinds = dict.fromkeys(linears, recipe.type) | dict.fromkeys(given.outside, of_head)
-        if names_file:
-            # `head_bits` decides about the others.
-            needed = kinds.keys() if recipe.head_bits is None else linears.keys()
-            source = given.source.checkpoint.folder
-            kinds |= types_in(Path(recipe.type or ""), source, layout.tensors, needed)
-        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
-        weights = _weights(given, layout, kinds, with_reserve=recipe.fast_on is None)
-        # Those of any types will do.
-        others = contents.file_bytes(dict.fromkeys(weights, "Q8_0")) - sum(
-            padded(TYPES["Q8_0"].nbytes_of(math.prod(x.shape))) for x in weights.values()
-        )
-        exact = sum(weight.least_lossless for weight in weights.values())
-        bare = FileContents(layout, None)
-        room = contents.file_bytes({}) - bare.file_bytes({})
-        if isinstance(recipe.size, int) and recipe.size < others + exact <= recipe.size + room:
-            # Weights that lose nothing are worth more than the record.
-            contents, others = bare, others - room
-        budget = budget_of(recipe, weights, others)
+        recipe, speeds = request.recipe, speeds_of(request.recipe.fast_on or "cpu")
+        if recipe.type is not None:
+            type_named(recipe.type)  # before a template is read, which takes long
+        layout, lasting = _layout(request)
+        request = replace(request, selection=_selection(request, layout))
+        # What the weights may have ...
+        possible = _weights(request, layout, _given_types(request, layout))
+        size = _size_of(recipe.size, layout) if isinstance(recipe.size, str) else recipe.size
+        contents = _contents(layout, len(request.linears), possible, size)
+        others = _other_bytes(contents, possible)
+        budget = budget_of(possible, others, size, recipe.bits)
+        # ... and what is chosen from.
+        weights = _without_reserve(possible, budget)
         words = CardWords(
             "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
             "its linears.",
@@ -141,29 +106,24 @@ class GgufCodec(Codec):
             fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
         )
         plan = GgufPlan(
-            source=given.source,
-            selection=given.selection,
-            given=given,
+            source=request.source,
+            selection=request.selection,
+            request=request,
             weights=weights,
             others=others,
             budget=budget,
             # The types of a file may be those of an earlier choice, and then this file gets the
             # same bytes. A type that is given needs no measurement, unless scales do.
-            measures_loss=recipe.rounding == "nearest" or recipe.type is None or names_file,
+            measures_loss=recipe.rounding == "nearest" or recipe.type is None,
             copies=2,  # the file is put together from shards that are as large
             words=words,
             configure=None,
             lasting=lasting,
             contents=contents,
             unmatched=layout.unmatched,
-            speeds=times,
+            speeds=speeds,
         )
-        if recipe.fast_on is not None:
-            plan = replace(plan, most_time=plan.preset_time_of_budget())
         plan.check_reach("a GGUF file")
-        usual = {name: _without_reserve(weight) for name, weight in weights.items()}
-        if sum(min(weight.nbytes) for weight in usual.values()) <= budget:
-            plan = replace(plan, weights=usual)
         return plan
 
     @staticmethod
@@ -194,51 +154,134 @@ class GgufCodec(Codec):
         tensors[key] = packed.view_as(data_OB)
 
 
+def _layout(request: PlanRequest) -> tuple[GgufLayout, Measurement]:
+    """The layout of the file, and what a template adds to the measurement."""
+    template, source, skeleton = request.recipe.template, request.source, request.skeleton
+    if template is None:
+        return layout_of(source, skeleton), Measurement()
+    return layout_in(template, source, skeleton, request.earlier)
+
+
+def _selection(request: PlanRequest, layout: GgufLayout) -> LinearSelection:
+    """The linears that can have a type: a template may lack some.
+
+    Raises:
+        ValueError: `ignore` matches some experts of a block, and not all.
+    """
+    linears = request.linears
+    for names in (tensor.modules for tensor in layout.tensors):
+        if len({name in linears for name in names}) > 1:
+            raise ValueError(
+                f"a GGUF file has one type for {names[0]} and all other experts of its block, "
+                "and `ignore` matches some of them: let it match all or none"
+            )
+    modules = {name for tensor in layout.tensors for name in tensor.modules}
+    return request.selection.limited(request.skeleton, modules.__contains__)
+
+
+def _given_types(request: PlanRequest, layout: GgufLayout) -> dict[str, str | None]:
+    """Module that has a type -> the name of the type; None if its loss chooses it."""
+    recipe, linears = request.recipe, request.linears
+    # Without a choice by losses, the head has the type of llama.cpp's own files.
+    of_head: str | None = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+    if recipe.head_bits is not None:
+        of_head = _HEAD_TYPES.get(recipe.head_bits)
+    types: dict[str, str | None] = dict.fromkeys(linears, recipe.type)
+    types |= dict.fromkeys(request.outside, of_head)
+    if recipe.types_from is None:
+        return types
+    needed = types.keys() if recipe.head_bits is None else linears.keys()
+    return types | types_in(
+        recipe.types_from, request.source.checkpoint.folder, layout.tensors, needed
+    )
+
+
 def _weights(
-    given: Given, layout: GgufLayout, kinds: Mapping[str, str | None], with_reserve: bool
+    request: PlanRequest, layout: GgufLayout, types: Mapping[str, str | None]
 ) -> dict[str, TypedWeight]:
     """First module of each weight that has a type -> its types: all that fit, or a given one.
 
     Args:
-        given: What is planned for.
+        request: What is planned for.
         layout: The tensors of the file.
-        kinds: Name of each module that has a type -> the type; None if its loss chooses it.
-        with_reserve: Whether types count that are kept in reserve.
+        types: What `_given_types` returned.
     """
-    # The last tensor that has the weight, or a part of it.
-    tensors = {x.module: x for x in layout.tensors if x.module in kinds}
-    # Tensors that are parts of one weight count together; so do the rows of a 3D one.
-    rows = Counter[str]()
+    # Tensors that are parts of one weight have one type, as the rows of a 3D one have.
+    parts = defaultdict[str, list[GgufTensor]](list)
     for tensor in layout.tensors:
-        rows[tensor.module] += math.prod(tensor.shape[:-1])
-    head, config = given.head_among(tensors), given.source.config.get_text_config()
+        if tensor.module in types:
+            parts[tensor.module].append(tensor)
+    head, config = request.head_among(parts), request.source.config.get_text_config()
     weights = {}
-    for name, tensor in tensors.items():
-        columns, order, kind = tensor.shape[-1], tensor.columns, kinds[name]
+    for name, tensors in parts.items():
+        tensor, given = tensors[-1], types[name]
+        columns, order = tensor.shape[-1], tensor.columns
         every = [replace(x, columns=order) if order else x for x in TYPES.values()]
-        usual = types_for(columns, with_reserve) if kind is None else [type_for(kind, columns)]
+        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
+        usual = (
+            types_for(columns, with_reserve=request.recipe.fast_on is None)
+            if given is None
+            else [type_for(given, columns)]
+        )
         names = {x.name for x in usual}
         # A type whose values the weight has already may be one that others are chosen before.
-        of_choice = every if kind is None else [x for x in every if x.name in names]
-        lossless = lossless_type(given.sample(name), of_choice)
-        types = [x for x in every if x.name in names or x is lossless]
+        of_choice = [x for x in every if given is None or x.name in names]
+        lossless = lossless_type(request.sample(name), of_choice)
+        kinds = [x for x in every if x.name in names or x is lossless]
+        counts = [math.prod(x.shape) for x in tensors]
         used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
         share = used / tensor.shape[0] if used else 1.0
-        if name in given.outside and name != head:
+        if name in request.outside and name != head:
             share = 0.0  # an embedding looks up one row
-        count = rows[name] * columns
-        sizes = [padded(x.nbytes_of(count)) for x in types]
         weights[name] = TypedWeight(
-            tensor.modules, (rows[name], columns), types, sizes, count * share, lossless
+            tensor.modules,
+            (sum(counts) // columns, columns),
+            kinds,
+            [sum(padded(kind.nbytes_of(count)) for count in counts) for kind in kinds],
+            sum(counts) * share,
+            lossless,
         )
     return weights
 
 
-def _without_reserve(weight: TypedWeight) -> TypedWeight:
-    """A weight without the types in reserve, unless it has no others."""
-    kept = [x for x in weight.quantizers if not TYPES[x.name].is_reserve or x is weight.lossless]
-    sizes = dict(zip(weight.quantizers, weight.nbytes, strict=True))
-    return replace(weight, quantizers=kept, nbytes=[sizes[x] for x in kept]) if kept else weight
+def _contents(
+    layout: GgufLayout, linears: int, weights: Mapping[str, TypedWeight], size: int | None
+) -> FileContents:
+    """What the file holds: without a record if only so it has room for weights that lose nothing.
+
+    Args:
+        layout: The tensors of the file.
+        linears: How many linears a record describes.
+        weights: What `_weights` returned.
+        size: The most bytes of the file; None if its bits or its types say how large it is.
+    """
+    whole, bare = FileContents(layout, linears), FileContents(layout, None)
+    exact = sum(weight.least_lossless for weight in weights.values())
+    least, most = (_other_bytes(contents, weights) + exact for contents in (bare, whole))
+    return bare if size is not None and least <= size < most else whole
+
+
+def _other_bytes(contents: FileContents, weights: Mapping[str, TypedWeight]) -> int:
+    """The bytes of all that has no type, whatever the types are."""
+    types = {name: weight.quantizers[0].name for name, weight in weights.items()}
+    return contents.file_bytes(types) - sum(weight.nbytes[0] for weight in weights.values())
+
+
+def _without_reserve(weights: Mapping[str, TypedWeight], budget: int) -> Mapping[str, TypedWeight]:
+    """The weights without types in reserve, if all fit into `budget` so.
+
+    A weight that has no other types keeps them, and so does one that has the values of its type.
+    """
+    usual = {}
+    for name, weight in weights.items():
+        sizes = [
+            (kind, nbytes)
+            for kind, nbytes in zip(weight.quantizers, weight.nbytes, strict=True)
+            if not TYPES[kind.name].is_reserve or kind is weight.lossless
+        ]
+        kinds, nbytes = zip(*sizes, strict=True) if sizes else (weight.quantizers, weight.nbytes)
+        usual[name] = replace(weight, quantizers=kinds, nbytes=nbytes)
+    return usual if sum(min(x.nbytes) for x in usual.values()) <= budget else weights
 
 
 def _size_of(preset: str, layout: GgufLayout) -> int:
@@ -266,8 +309,11 @@ class GgufPlan(SizePlan):
 
     contents: FileContents
 
-    def preset_time_of_budget(self) -> float:
-        """What llama.cpp's presets of this size take for each token, in nanoseconds."""
+    @functools.cached_property
+    def most_time(self) -> float:
+        """With `fast_on`, the time of llama.cpp's presets of this size; see `SizePlan`."""
+        if self.request.recipe.fast_on is None:
+            return math.inf
         # All but the head has the bits that the head leaves.
         head = self.weights.get(self.head or "")
         rows, columns = (0, 256) if head is None else head.shape
@@ -305,7 +351,7 @@ class GgufPlan(SizePlan):
 
         Also how large llama.cpp's presets are.
         """
-        if choice is None and self.given.recipe.type:
+        if choice is None and self.request.recipe.gives_types:
             choice = self.choose(Measurement())
         types = choice.types if choice else {}
         parts = self.contents.bytes_by_type(types) if types else self.planned_parts()
@@ -327,15 +373,15 @@ class GgufPlan(SizePlan):
             f"the file holds {', '.join(f'{in_bytes(n)} in {kind}' for kind, n in parts)}"
             + (known if speed > LEAST_SPEED else "")
             + ("" if self.contents.record_bytes else "; it has no room for a record")
-            + ("" if self.given.recipe.fast_on else "; with `fast_on` time counts too")
+            + ("" if self.request.recipe.fast_on else "; with `fast_on` time counts too")
         )
 
     def check_lists(self, paths: Sequence[Path]) -> None:
         """Check that the lists can be written, and make their folders; see `SizePlan`."""
-        if self.given.recipe.rounding == "feedback":
+        if self.request.recipe.rounding == "feedback":
             super().check_lists(paths)
         for path in paths:
-            others = [*dict(self.given.recipe).values(), *(x for x in paths if x is not path)]
+            others = [*dict(self.request.recipe).values(), *(x for x in paths if x is not path)]
             check_file_place(path, has_content(OWN_LISTS.fullmatch), others)
             make_folder(path.parent)
 
@@ -351,7 +397,7 @@ class GgufPlan(SizePlan):
                 for tensor in self.contents.layout.tensors
                 if tensor.module in choice.importances
             }
-            recipe = self.given.recipe
+            recipe = self.request.recipe
             chunks = min(PROBE_WINDOWS, recipe.samples), min(PROBE_TOKENS, recipe.seqlen)
             text = Path(recipe.calibration).name
             write_importances(importances_file, by_tensor, chunks, text)

@@ -58,7 +58,7 @@ class FileContents:
         name, number = PLAIN.get(tensor.dtype, PLAIN[torch.float32])[:2]
         return name, number, count * (4 if number == 0 else 2)
 
-    def stored(
+    def tensors(
         self, types: Mapping[str, str], read: Callable[[GgufTensor], torch.Tensor]
     ) -> list[StoredTensor]:
         """All tensors as they are written.
@@ -112,7 +112,7 @@ class FileContents:
     @functools.cached_property
     def _header_bytes(self) -> int:
         # The types do not change the size of the header.
-        return len(header_of(self.fields({}), self.stored({}, lambda _: torch.zeros(0))))
+        return len(header_of(self.fields({}), self.tensors({}, lambda _: torch.zeros(0))))
 
 
 def bytes_of(

@@ -124,6 +124,11 @@ class GgufLayout:
     unmatched: dict[str, list[str]] = field(default_factory=dict)
 
 
+def block_of(name: str) -> int:
+    """The number of the block of a tensor of a file; -1 for one outside the blocks."""
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+
+
 def weights_stored_once(source: CheckpointSource, skeleton: Skeleton) -> dict[str, str]:
     """Name in the model -> stored name, of each weight of a checkpoint; of tied ones the first."""
     state = skeleton.model.state_dict(keep_vars=True)

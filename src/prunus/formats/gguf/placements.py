@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prunus.formats.gguf.file import GgufFile
-from prunus.formats.gguf.layout import tensor_names, vocabulary_of, weights_stored_once
+from prunus.formats.gguf.layout import block_of, tensor_names, vocabulary_of, weights_stored_once
 from prunus.formats.gguf.types import PLAIN_DTYPES
 from prunus.model.kinds import IMAGE_TEXT
 from prunus.model.skeleton import Skeleton
@@ -53,7 +53,7 @@ def matrices_of(file: GgufFile) -> list[str]:
     """The names of the tensors of a file that have rows and columns, block after block."""
     return sorted(
         [name for name, x in file.tensors.items() if sum(side > 1 for side in x.shape) > 1],
-        key=_block,
+        key=block_of,
     )
 
 
@@ -92,7 +92,7 @@ def placements_in(
     placements = dict[str, Tensor]()
     near = functools.cache(weights.near)
     for name in matrices:
-        if (placed := by_row.places(file.exact(name), near(_block(name)))) is not None:
+        if (placed := by_row.places(file.exact(name), near(block_of(name)))) is not None:
             placements[ROWS + name] = placed
     if left := [name for name in matrices if ROWS + name not in placements]:
         unused = (x for x in weights.matrices() if x[0] not in by_row.uses)
@@ -100,7 +100,7 @@ def placements_in(
         for name in left:
             weight = file.exact(name)
             for kind, rows in ((TRANSPOSED, weight), (COLUMNS, weight.flatten(0, -2).T)):
-                if (placed := by_column.places(rows, near(_block(name)))) is not None:
+                if (placed := by_column.places(rows, near(block_of(name)))) is not None:
                     placements[kind + name] = placed
     _check_share(file, path, source, matrices, {x.partition("/")[2] for x in placements})
     return placements | _Comparison(file, path, weights, placements).unmatched()
@@ -111,11 +111,6 @@ def compared_dtype(file: GgufFile) -> torch.dtype:
     return next(
         (PLAIN_DTYPES[name] for name in ("BF16", "F16") if name in file.types), torch.float32
     )
-
-
-def _block(name: str) -> int:
-    """The block of a tensor of a file; -1 for tensors outside the blocks."""
-    return int(name.split(".")[1]) if name.startswith("blk.") else -1
 
 
 def few_of(names: Sequence[str]) -> str:
@@ -236,7 +231,7 @@ class _Comparison:
 
     def unmatched(self) -> dict[str, Tensor]:
         """The tensors of the file and the weights that have no counterpart; see `placements_in`."""
-        for block in sorted({_block(name) for name in self.left}):
+        for block in sorted({block_of(name) for name in self.left}):
             self._compare_block(block)
         self._check_places()
         absent = [name for name in self.missing if self._may_be_absent(name)]
@@ -269,7 +264,7 @@ class _Comparison:
             block, own = self.weights.block(weight), self.own_name(weight)
             home = "no block" if block == -1 else f"block {block}"
             for name in names:
-                is_near = self.weights.is_near(weight, _block(name))
+                is_near = self.weights.is_near(weight, block_of(name))
                 is_named = own in names or own not in self.file.tensors
                 # Which of two equal tensors has which name does not matter.
                 if not (is_near and (is_named or torch.equal(*map(self.file.raw, (name, own))))):
@@ -291,7 +286,7 @@ class _Comparison:
         """
 
         def tensors() -> list[str]:
-            return [name for name in self.left if _block(name) == block]
+            return [name for name in self.left if block_of(name) == block]
 
         def units() -> list[tuple[str, ...]]:
             stacks = defaultdict[str, list[str]](list)

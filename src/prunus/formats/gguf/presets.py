@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from prunus.formats.gguf.contents import FileContents
 from prunus.formats.gguf.header import padded
-from prunus.formats.gguf.layout import GgufLayout, GgufTensor
+from prunus.formats.gguf.layout import GgufLayout, GgufTensor, block_of
 from prunus.formats.gguf.types import type_for, type_named
 from prunus.rounding.llama_cpp import PRESETS
 
@@ -133,7 +133,7 @@ def _types(preset: str, layout: GgufLayout) -> Iterator[tuple[GgufTensor, str]]:
     if "head" not in parts.values():
         parts |= {name: "head" for name, part in parts.items() if part == "embedding"}
     count, earlier = Counter(parts.values()), Counter[str]()
-    for tensor in sorted(matrices, key=lambda x: (_block(x.name), x.name)):
+    for tensor in sorted(matrices, key=lambda x: (block_of(x.name), x.name)):
         part = parts[tensor.name]
         holds = _conditions(layout, preset, tensor, earlier[part], count[part])
         fitting = (
@@ -152,12 +152,6 @@ def _part(name: str) -> str:
     found = _PARTS.search(name)
     part = "" if found is None else found[1] or found[2]
     return "head" if name == "output.weight" else "v" if part in ("qkv", "kv_b") else part
-
-
-def _block(name: str) -> int:
-    """The number of the block of a tensor; -1 outside the blocks."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return -1 if found is None else int(found[1])
 
 
 def _conditions(
@@ -184,7 +178,7 @@ def _conditions(
     heads, cached = field("attention.head_count"), field("attention.head_count_kv")
     shared = heads // (cached or heads or 1)
     is_v = _part(tensor.name) == "v"
-    number, total = (earlier, count) if is_v else (_block(tensor.name), blocks)
+    number, total = (earlier, count) if is_v else (block_of(tensor.name), blocks)
     more = number < total // 8 or number >= 7 * total // 8 or (number - total // 8) % 3 == 2
     eight = experts == _EIGHT
     return {

@@ -238,10 +238,10 @@ class GgufResult(Result[CompressionRecord]):
     def _write_file(self, folder: ResultFolder, plan: Any) -> None:
         """Put the file together from the shards, in their folder."""
         record: Any = folder.record
-        source, contents = plan.given.source, plan.contents
+        source, contents = plan.request.source, plan.contents
         shards = Checkpoint(folder.folder, only=list(record.sha256))
         plan.note_size(record, shards)
-        tensors = contents.stored(record.types, partial(bytes_of, source, shards, record.types))
+        tensors = contents.tensors(record.types, partial(bytes_of, source, shards, record.types))
         fields = contents.fields(record.types, reproducible(record))
         text = modelfile(self.path.name, source.folder, fields)
         write_text(folder.folder / "Modelfile", text)

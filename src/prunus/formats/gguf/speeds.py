@@ -96,7 +96,7 @@ def advice(record: CompressionRecord) -> str:
         for block in record.blocks
         for name, linear in block.linears.items()
     ]
-    if recipe.fast_on or recipe.type or size is None or not linears:
+    if recipe.fast_on or recipe.gives_types or size is None or not linears:
         return ""
     weights = sum(count for _, count, _ in linears)
     bits = (8 * size.after - TYPES["Q6_K"].bits * (size.parameters - weights)) / weights
