@@ -120,8 +120,8 @@ def test_a_training_that_does_harm_leaves_the_weights(dense, tmp_path, monkeypat
     assert all(torch.equal(x, after[key]) for key, x in before.items())
 
 
-@pytest.mark.parametrize("options", [{"bits": 3.0}, {"type": "Q2_K"}], ids=["folder", "gguf"])
-def test_a_kill_at_any_rename_resumes_to_the_same_bytes(options, dense, tmp_path):
-    results = run_script("kill_points.py", dense, tmp_path, json.dumps(options | {"tune": 2048}))
-    assert len(results) > 10
+def test_a_kill_at_any_rename_resumes_to_the_same_bytes(dense, tmp_path):
+    options = json.dumps({"bits": 3.0, "tune": 1024})
+    results = run_script("kill_points.py", dense, tmp_path, options, "before")
     assert_all_resumed(results)
+    assert any("tuned.safetensors" in result["found"] for result in results)

@@ -149,7 +149,7 @@ class GgufCodec(Codec):
         """Multiply d and dmin of all spans of a weight."""
         data_OB = tensors[key]
         spans = quantizer.unpack(data_OB.reshape(-1, quantizer.nbytes))
-        d_N, dmin_N = (quantizer.stored(x * factor_OS.flatten()) for x in spans[:2])
+        d_N, dmin_N = (quantizer.as_scale(x * factor_OS.flatten()) for x in spans[:2])
         packed = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
         tensors[key] = packed.view_as(data_OB)
 
