@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prunus.compression.type_rounding import try_types, type_rounding
+from prunus.distributed import ranks
 from prunus.engine.command import Run, run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
@@ -95,6 +96,10 @@ class Compression(LinearCommand[CompressionRecord]):
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""
         recipe = self.recipe
+        if recipe.tune and ranks().size > 1:
+            raise ValueError(
+                "`tune` trains in one process: run compress without torchrun, or leave `tune` out"
+            )
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
         return LinearStep(
             method=rounding_method(recipe.rounds, options),

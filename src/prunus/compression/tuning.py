@@ -82,9 +82,10 @@ def tune(
     """
     record, checkpoints = run.record, Checkpoints(folder.folder)
     shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
-    if not path.exists():
+    if record.tuning is None or record.tuning.stored_loss is None:
         with _RoundedLearner.of(run, shards) as learner:
             if record.tuning is None:
+                checkpoints.clear()
                 rate = _RATE * learner.held_out_loss()
                 record.tuning = TuningRecord(tokens=run.record.recipe.tune, rate=rate)
                 folder.save()
@@ -106,7 +107,7 @@ def tune(
             folder.save()
     assert record.tuning is not None
     run.session.tell(record.tuning.sentence())
-    learnt = load_file(path)
+    learnt = load_file(path) if record.tuning.before else {}
     for name, digest in record.tuning.before.items():
         if record.sha256[name] == digest:
             folder.replace_shard(name, shards.tuned(name, learnt))

@@ -141,6 +141,12 @@ class CompressionRecord(LinearsRecord):
     tuning: TuningRecord | None = Field(default=None, exclude_if=lambda x: x is None)
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    def forget_missing(self, missing: set[str]) -> bool:
+        """See `BlockwiseRecord`. Trained shards belong together, so all are made again."""
+        if self.tuning is not None and missing & self.sha256.keys():
+            self.tuning, missing = None, set(self.sha256)
+        return super().forget_missing(missing)
+
     def check_sentences(self) -> list[str]:
         """What the check found, for people; empty without one."""
         return [
