@@ -89,7 +89,7 @@ def test_freed_memory_is_kept_if_there_is_plenty_and_returned_after_each_block_i
 ):
     calls = []
     returns = "return_freed_memory"
-    for module, name in (("run", "keep_freed_memory"), ("run", returns), ("loop", returns)):
+    for module, name in (("command", "keep_freed_memory"), ("command", returns), ("loop", returns)):
         monkeypatch.setattr(f"prunus.engine.{module}.{name}", lambda name=name: calls.append(name))
     if not plenty:
         monkeypatch.setattr(Memory, "peak_bytes", lambda memory: memory.host_budget)

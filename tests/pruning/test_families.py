@@ -24,7 +24,6 @@ from transformers import (
 import prunus
 from command_line import call
 from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded_with_images
-from places import REPOSITORY
 from prunus.engine.run_options import RunOptions
 from prunus.model.calls import BlockStubs
 from prunus.model.kinds import CAUSAL, kind_of
@@ -117,9 +116,8 @@ def test_the_head_is_pruned_on_the_inputs_that_the_pruned_blocks_give_it(family,
     assert torch.equal(model.state_dict()[key], headed[key])
 
 
-# --- the table of hybrids and encoder-decoders in the documentation ---
+# --- hybrids and encoder-decoders ---
 
-PAGE = REPOSITORY / "docs" / "reference" / "models.md"
 #: Linear attention beside full attention; the tests of mixtures of experts have the latter alone.
 OPTIONS = {
     "qwen3_next": {
@@ -132,42 +130,36 @@ OPTIONS = {
 }
 
 
-def rows() -> list[list[str]]:
-    """The cells of the table below the heading, without its head."""
-    text = PAGE.read_text(encoding="utf-8").split("## Hybrids and encoder-decoders")[1]
-    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
-    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[2:]]
+#: Model type -> what stays dense in its blocks, besides vectors.
+WORKING = {
+    "mamba": {"A_log", "conv1d"},
+    "mamba2": {"conv1d"},
+    "jamba": {"A_log", "conv1d"},
+    "bamba": {"conv1d"},
+    "falcon_h1": {"conv1d"},
+    "granitemoehybrid": {"conv1d"},
+    "lfm2": {"conv"},
+    "qwen3_next": {"conv1d", "gate", "shared_expert_gate"},
+}
+REFUSED = {
+    "rwkv": "rescales hidden states between its blocks",
+    **dict.fromkeys(("t5", "bart", "whisper"), "has an encoder and a decoder"),
+}
 
 
-def names(cell: str) -> set[str]:
-    """The names in a cell."""
-    return {part.strip(" `") for part in cell.split(",")} - {""}
-
-
-ROWS = rows()
-WORKING = [(kind, dense) for _, kind, works, dense in ROWS if works == "yes"]
-REFUSED = [(kind, reason) for _, kind, works, reason in ROWS if works == "no"]
-
-
-def test_every_row_says_yes_or_no():
-    assert len(WORKING) + len(REFUSED) == len(ROWS) >= 12
-    expected = {"mamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "rwkv", "t5", "whisper"}
-    assert expected <= {row[0] for row in (*WORKING, *REFUSED)}
-
-
-@pytest.mark.parametrize(("family", "stays_dense"), WORKING)
+@pytest.mark.parametrize(("family", "stays_dense"), WORKING.items())
 def test_what_works_is_pruned_and_loaded(family, stays_dense, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16, **OPTIONS.get(family, {}))
     manifest = prunus.prune(dense, tmp_path / "out", "magnitude", calibration=token_ids(2))
     parts = {name.removesuffix(".weight").split(".")[-1] for name in manifest.left_dense}
-    assert parts == names(stays_dense)
+    assert parts == stays_dense
     assert 0.45 < manifest.totals["sparsity"] < 0.55
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids(1)).logits
     assert bool(logits.isfinite().all())
 
 
-@pytest.mark.parametrize(("family", "reason"), REFUSED)
+@pytest.mark.parametrize(("family", "reason"), REFUSED.items())
 def test_what_does_not_work_is_refused_by_name_with_the_reason(family, reason):
     config = AutoConfig.for_model(family)
     heads = {"rwkv": "RwkvForCausalLM"}

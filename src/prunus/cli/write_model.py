@@ -149,7 +149,7 @@ def _run_and_print(
 @with_flags(
     *(Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions, RunOptions),
     without=("overwrite", "resume", "rank_timeout"),
-    rare=("pattern", "format", "head_bits", "data", "experts", "blocks", *_OF_RECOVER),
+    rare=("pattern", "format", "head_bits", "tune", "data", "experts", "blocks", *_OF_RECOVER),
 )
 def plan(
     model: Model,

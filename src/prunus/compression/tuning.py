@@ -36,7 +36,7 @@ from prunus.engine.command import Run
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.output import ShardFolder
 from prunus.engine.progress import PREPARATION, Progress
-from prunus.formats.codec import Codec
+from prunus.formats.codec import Codec, rescale
 from prunus.hardware.machine import available_memory, peak_memory
 from prunus.hardware.numerics import multiplies_bfloat16
 from prunus.model.checkpoint.files import remove
@@ -193,7 +193,7 @@ class _Shards:
                 key = self.source.weight_key(module)
                 spans = self._columns(module) // quantizer.span
                 factor_OS = change.exp().repeat_interleave(spans // change.shape[1], dim=1)
-                self.codec.rescale(key, tensors, quantizer, factor_OS)
+                rescale(self.codec, key, tensors, quantizer, factor_OS)
             elif (key := self.source.stored[name]) in tensors:
                 before = tensors[key].float()
                 tensors[key] = (before + unit_of(before) * change).to(tensors[key].dtype)

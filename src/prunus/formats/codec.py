@@ -39,11 +39,14 @@ class Codec(ABC):
             its path, BASE its path without the suffix, and NAME a name for it.
         UPLOADS: What is uploaded to the hub -> the command.
         RESULT: What a run writes: a folder, or a file that is made from one.
+        SCALES: The names of the stored scales and biases (O, S) of a weight, where MODULE is that
+            of its module; () if they are in the bytes of `GroupedWeight`.
     """
 
     PROGRAMS: ClassVar[Mapping[str, str]] = {}
     UPLOADS: ClassVar[Mapping[str, str]] = {"to the hub": "hf upload NAME OUT"}
     RESULT: ClassVar[type[Result[CompressionRecord]]] = Result
+    SCALES: ClassVar[Sequence[str]] = ()
 
     # How a run writes it.
 
@@ -80,30 +83,6 @@ class Codec(ABC):
             tensors: The tensors of the shard, from which those of this weight are removed.
             quantizer: The type of the weight.
         """
-
-    @classmethod
-    def scales(cls, key: str) -> Sequence[str]:
-        """The names of the stored scales and biases (O, S) of the weight `key`."""
-        raise NotImplementedError
-
-    @classmethod
-    def rescale(
-        cls,
-        key: str,
-        tensors: dict[str, torch.Tensor],
-        quantizer: GroupQuantizer,
-        factor_OS: torch.Tensor,
-    ) -> None:
-        """Multiply the scales of a stored weight, and round them as they are stored.
-
-        Args:
-            key: The name under which the source stores the weight.
-            tensors: The tensors of the shard, of which those of the scales are replaced.
-            quantizer: The type of the weight.
-            factor_OS: float32, a factor for each span of each row.
-        """
-        for name in cls.scales(key):
-            tensors[name] = (tensors[name].float() * factor_OS).to(tensors[name].dtype)
 
     # How a result is read, another program's too.
 
@@ -175,6 +154,31 @@ class Codec(ABC):
             reads_weights: Whether a few weights of each linear are read; else the header alone is.
         """
         return None
+
+
+def rescale(
+    codec: type[Codec],
+    key: str,
+    tensors: dict[str, torch.Tensor],
+    quantizer: GroupQuantizer,
+    factor_OS: torch.Tensor,
+) -> None:
+    """Multiply the scales of a stored weight, and round them as they are stored.
+
+    Args:
+        codec: The format.
+        key: The name under which the source stores the weight.
+        tensors: The tensors of the shard, of which those of the scales are replaced.
+        quantizer: The type of the weight.
+        factor_OS: float32, a factor for each span of each row.
+    """
+    for name in (x.replace("MODULE", key.removesuffix(".weight")) for x in codec.SCALES):
+        tensors[name] = (tensors[name].float() * factor_OS).to(tensors[name].dtype)
+    if not codec.SCALES:
+        spans = quantizer.unpack(tensors[key].reshape(-1, quantizer.nbytes))
+        d_N, dmin_N = (quantizer.as_scale(x * factor_OS.flatten()) for x in spans[:2])
+        packed = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
+        tensors[key] = packed.view_as(tensors[key])
 
 
 def codec_for(output: Path | None, recipe: CompressionRecipe) -> type[Codec]:

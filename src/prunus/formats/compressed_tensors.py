@@ -113,6 +113,7 @@ def fp4_type(name: str, largest: float = 1.0) -> PackedType:
 class TensorsCodec(Codec):
     """A checkpoint folder in this format."""
 
+    SCALES = ("MODULE.weight_scale",)
     PROGRAMS: ClassVar[dict[str, str]] = {
         "prunus": 'prunus generate OUT --prompt "Hello"',
         "vLLM": "vllm serve OUT",
@@ -216,11 +217,6 @@ class TensorsCodec(Codec):
         factor = tensors.pop(f"{key}_global_scale", torch.ones(1))
         scale_OS = scale_OS.view(quantizer.dtype).float() / factor
         return scaled(packed, bits, scale_OS, torch.zeros_like(scale_OS), FP4_BY_CODE)
-
-    @classmethod
-    def scales(cls, key: str) -> Sequence[str]:
-        """The scales; a weight has no others."""
-        return (f"{key}_scale",)
 
 
 def _joined(request: PlanRequest, splits: bool) -> list[list[str]]:

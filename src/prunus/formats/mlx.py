@@ -17,7 +17,7 @@ Shape suffixes: O outputs (rows), I inputs, B bytes of a row, S groups of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +94,7 @@ def dense_weight(
 class MlxCodec(Codec):
     """A checkpoint folder in this format."""
 
+    SCALES = ("MODULE.scales", "MODULE.biases")
     PROGRAMS: ClassVar[dict[str, str]] = {"mlx-lm": 'mlx_lm.generate --model OUT --prompt "Hello"'}
 
     @classmethod
@@ -144,11 +145,6 @@ class MlxCodec(Codec):
         integers_OB, scales_OS, biases_OS = weight.quantizer.separate(weight.data_OB)
         parts = integers_OB.view(torch.uint32), scales_OS, biases_OS
         return dict(zip(_names(key), parts, strict=True))
-
-    @classmethod
-    def scales(cls, key: str) -> Sequence[str]:
-        """Scales and biases."""
-        return _names(key)[1:]
 
     @staticmethod
     def decode(

@@ -138,21 +138,6 @@ class GgufCodec(Codec):
         """The dense weight of a linear; its bytes leave `tensors`."""
         return GroupedWeight(quantizer, tensors.pop(key)).dense()
 
-    @classmethod
-    def rescale(
-        cls,
-        key: str,
-        tensors: dict[str, torch.Tensor],
-        quantizer: GroupQuantizer,
-        factor_OS: torch.Tensor,
-    ) -> None:
-        """Multiply d and dmin of all spans of a weight."""
-        data_OB = tensors[key]
-        spans = quantizer.unpack(data_OB.reshape(-1, quantizer.nbytes))
-        d_N, dmin_N = (quantizer.as_scale(x * factor_OS.flatten()) for x in spans[:2])
-        packed = quantizer.pack(spans._replace(d_N=d_N, dmin_N=dmin_N))
-        tensors[key] = packed.view_as(data_OB)
-
 
 def _layout(request: PlanRequest) -> tuple[GgufLayout, Measurement]:
     """The layout of the file, and what a template adds to the measurement."""
