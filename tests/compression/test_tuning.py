@@ -76,6 +76,8 @@ def test_losses_and_gradients_are_those_of_the_whole_model(dense, tmp_path, monk
     seen = {}
 
     class Spy:
+        peak_rate = 0.0
+
         def __init__(self, learner, schedule, checkpoints, report):
             self.learner = learner
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,30 +82,32 @@ def tune(
     """
     record, checkpoints = run.record, Checkpoints(folder.folder)
     shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
-    if record.tuning is None or record.tuning.stored_loss is None:
-        with _RoundedLearner.of(run, shards) as learner:
-            if record.tuning is None:
-                checkpoints.clear()
-                rate = _RATE * learner.held_out_loss()
-                record.tuning = TuningRecord(tokens=run.record.recipe.tune, rate=rate)
-                folder.save()
+    if record.tuning is None:
+        with contextlib.ExitStack() as stack:
+            learner = _RoundedLearner(run, shards, stack)
             schedule = Schedule(
-                tokens=record.tuning.tokens,
-                step_tokens=learner.batch * learner.text.held_out.shape[1],
-                rate=record.tuning.rate,
+                tokens=record.recipe.tune,
+                step_tokens=learner.step_tokens,
+                rate=_RATE,
+                by_loss=True,
                 warmup=0.1,
                 betas=(0.9, 0.95),
             )
-            state = Training(learner, schedule, checkpoints, learner.report).run()
-            tuning = record.tuning
-            tuning.evaluations, tuning.best = state.evaluations, state.best
-            tuning.stored_loss = learner.stored_loss()
-            tuning.factors = sum(x.numel() for x in learner.parameters.values())
+            training = Training(learner, schedule, checkpoints, learner.report)
+            state = training.run()
+            tuning = TuningRecord(
+                tokens=record.recipe.tune,
+                rate=training.peak_rate,
+                factors=sum(x.numel() for x in learner.parameters.values()),
+                evaluations=state.evaluations,
+                best=state.best,
+                stored_loss=learner.stored_loss(),
+            )
             if tuning.helps:
                 tuning.before = dict(record.sha256)
             save_safetensors(path, {name: x.detach() for name, x in learner.parameters.items()})
+            record.tuning = tuning
             folder.save()
-    assert record.tuning is not None
     run.session.tell(record.tuning.sentence())
     learnt = load_file(path) if record.tuning.before else {}
     for name, digest in record.tuning.before.items():
@@ -229,6 +231,7 @@ class _RoundedLearner(Learner):
     Attributes:
         parameters: Logarithms of factors (O, F), and changes of norms and biases, all 0 at first.
         batch: The windows of a step.
+        step_tokens: Its tokens.
         text: The windows.
     """
 
@@ -242,8 +245,8 @@ class _RoundedLearner(Learner):
         self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
         self.text = _text_of(run)
         self.batch = max(1, _STEP_TOKENS // self.text.held_out.shape[1])
-        steps = math.ceil(run.record.recipe.tune / (self.batch * self.text.held_out.shape[1]))
-        self._steps = steps
+        self.step_tokens = self.batch * self.text.held_out.shape[1]
+        steps = self._steps = math.ceil(run.record.recipe.tune / self.step_tokens)
         self._ids = [self.text.windows(i * self.batch, self.batch) for i in range(steps)]
         self._ids += self.text.held_out.split(self.batch)
         self._learnt: Mapping[str, Tensor] | None = None
@@ -293,22 +296,10 @@ class _RoundedLearner(Learner):
             if not name.startswith(inside)
         }
 
-    @classmethod
-    @contextlib.contextmanager
-    def of(
-        cls, run: Run[LinearPlan, CompressionRecord], shards: _Shards
-    ) -> Iterator[_RoundedLearner]:
-        """The learner of a run, with its memory for the length of a `with` block."""
-        with contextlib.ExitStack() as stack:
-            yield cls(run, shards, stack)
-
     def add_gradients(self, step: int) -> float:
         """See `Learner`."""
         with torch.enable_grad():
             return self._pass(step, learns=True)
-
-    def limit_gradients(self) -> None:
-        """All that is trained may change."""
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

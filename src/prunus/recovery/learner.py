@@ -60,15 +60,12 @@ class ModelLearner(Learner):
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
-        return total
-
-    def limit_gradients(self) -> None:
-        """Pruned weights get no gradient."""
         for name, mask in self.trainable.masks.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
                 # On a CPU this takes a quarter of the time of masked_fill_, or less.
                 gradient.mul_(mask)
+        return total
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

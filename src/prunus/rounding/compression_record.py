@@ -60,34 +60,29 @@ class TuningRecord(RecordPart):
     Attributes:
         tokens: The tokens that it trains on.
         rate: Its peak learning rate.
-        factors: How many numbers were trained; 0 before its end.
+        factors: How many numbers were trained.
         evaluations: Divergence from the dense model on held-out windows; the first one is from
             before the training.
         best: Position in `evaluations` of the state that was taken; 0 for none.
-        stored_loss: The divergence with what was learnt rounded as it is stored; None before the
-            end.
+        stored_loss: The divergence with what was learnt rounded as it is stored.
         before: File name of a shard -> its SHA-256 before the training, while shards are written.
     """
 
     tokens: int
     rate: float
-    factors: int = 0
-    evaluations: list[Evaluation] = Field(default_factory=list)
-    best: int = 0
-    stored_loss: float | None = None
+    factors: int
+    evaluations: list[Evaluation]
+    best: int
+    stored_loss: float
     before: dict[str, str] = Field(default_factory=dict, exclude_if=lambda x: not x)
 
     @property
     def helps(self) -> bool:
         """Whether the result is better with what was learnt."""
-        if self.stored_loss is None or not self.evaluations:
-            return False
         return self.best > 0 and self.stored_loss < self.evaluations[0].held_out_loss
 
     def sentence(self) -> str:
         """What it did, for people."""
-        if self.stored_loss is None:
-            return "The training of scales is not finished."
         before = self.evaluations[0].held_out_loss
         if not self.helps:
             return (

@@ -54,6 +54,7 @@ class Schedule:
         minutes: The budget in minutes; None if it is in tokens.
         step_tokens: The tokens of a step.
         rate: The peak learning rate; see `learning_rate` for its course.
+        by_loss: Whether the rate is in units of the held-out loss before the training.
         warmup: The fraction of the budget over which the rate rises.
         evaluations: How often the held-out windows are evaluated, beside the start.
         weight_decay: Of AdamW.
@@ -64,6 +65,7 @@ class Schedule:
     minutes: float | None = None
     step_tokens: int
     rate: float
+    by_loss: bool = False
     warmup: float = 0.05
     evaluations: int = 8
     weight_decay: float = 0.0
@@ -82,12 +84,11 @@ class Learner(Protocol):
     def add_gradients(self, step: int) -> float:
         """Add the gradients of this rank's part of a step, and return its part of the loss.
 
+        Weights that must not change get gradients of 0.
+
         Args:
             step: The number of the step, from 0, which decides its windows.
         """
-
-    def limit_gradients(self) -> None:
-        """Set gradients to zero that must not change what is trained."""
 
     def held_out_loss(self) -> float:
         """The loss on the held-out windows; all ranks call it, and get the same."""
@@ -177,6 +178,12 @@ class Training:
         ranks().gather_ints([0])  # and let rank 0 delete them only when all have read them.
         return state
 
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, once the held-out windows were evaluated."""
+        before = self.state.evaluations[0].held_out_loss if self.schedule.by_loss else 1.0
+        return self.schedule.rate * before
+
     def _seconds(self) -> float:
         """Seconds of training and evaluations so far, over all attempts."""
         return time.perf_counter() - self.began
@@ -236,12 +243,11 @@ class Training:
                 parameter.grad = torch.zeros_like(parameter)
             ranks().all_reduce(parameter.grad)
         total = sum_floats([total])[0]
-        self.learner.limit_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
         # A single bad step would spoil weights and moments for good, so it is not taken.
         if math.isfinite(total) and bool(norm.isfinite()):
             (group,) = self.optimizer.param_groups
-            group["lr"] = learning_rate(self.schedule.rate, spent, self.schedule.warmup)
+            group["lr"] = learning_rate(self.peak_rate, spent, self.schedule.warmup)
             self.optimizer.step()
         else:
             total = math.nan
