@@ -11,6 +11,7 @@ from gguf_cases import gguf_checkpoint
 from prunus.compression import tuning
 from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.loading import load_model
+from prunus.rounding import loss_sensitivity
 from prunus.training.checkpoints import TrainingState
 from prunus.training.evaluation import Evaluation
 from scripts import run_script
@@ -99,7 +100,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(dense, tmp_path, monk
             return TrainingState(evaluations=[Evaluation(**entry, held_out_loss=0.1)])
 
     monkeypatch.setattr(tuning, "Training", Spy)
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
     record = compress(dense, tmp_path / "out", 8192, {"bits": 3.0, "dtype": "float32"})
     assert not record.tuning.helps
     with torch.no_grad():

@@ -20,7 +20,6 @@ Shape suffixes: W windows, S tokens per window; O outputs (rows), I inputs, F fa
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,12 +37,12 @@ from prunus.engine.output import ShardFolder
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.formats.codec import Codec, rescale
 from prunus.hardware.machine import available_memory, peak_memory
-from prunus.hardware.numerics import multiplies_bfloat16
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
+from prunus.rounding.loss_sensitivity import rounded_products
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
 from prunus.training.loop import Learner, Schedule, Step, Training
@@ -197,8 +196,7 @@ class _Shards:
                 factor_OS = change.exp().repeat_interleave(spans // change.shape[1], dim=1)
                 rescale(self.codec, key, tensors, quantizer, factor_OS)
             elif (key := self.source.stored[name]) in tensors:
-                before = tensors[key].float()
-                tensors[key] = (before + unit_of(before) * change).to(tensors[key].dtype)
+                tensors[key] = changed(tensors[key], change)
         return tensors
 
     def _columns(self, module: str) -> int:
@@ -218,6 +216,12 @@ def unit_of(vector: Tensor) -> Tensor:
     """
     rms = vector.square().mean().sqrt()
     return torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+def changed(vector: Tensor, change: Tensor) -> Tensor:
+    """A norm or a bias after a change in its `unit_of`, in its dtype."""
+    before = vector.float()
+    return (before + unit_of(before) * change).to(vector.dtype)
 
 
 class _RoundedLearner(Learner):
@@ -262,17 +266,13 @@ class _RoundedLearner(Learner):
         width = plan.skeleton.window_shape(0, 1)[1]
         states = sum(x.numel() for x in self._ids) * width * plan.skeleton.dtype.itemsize
         spill_to = run.spill_folder if 2 * states > _STATES_SHARE * available_memory() else None
-        fast = multiplies_bfloat16(plan.device) and plan.skeleton.dtype == torch.float32
-        self._autocast = functools.partial(
-            torch.autocast, plan.device.type, torch.bfloat16, enabled=fast
-        )
         dense = Stream(plan.skeleton, plan.source, plan.device)
         self._rounded = Stream(plan.skeleton, shards, plan.device)
         stack.callback(dense.close)
         stack.callback(self._rounded.close)
         blocks = range(len(plan.skeleton))
         count = run.session.preparing("the dense model's outputs", len(blocks), plan.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), rounded_products(dense):
             dense.embed(self._ids, spill_to)
             for index in blocks:
                 dense.propagate(index, plan.source.block(index))
@@ -337,17 +337,17 @@ class _RoundedLearner(Learner):
         """The mean divergence on a batch of windows; with `learns`, gradients are added."""
         for name, (parameter, before) in self._outside.items():
             change = self.parameters[name].detach()
-            parameter.data = (before + unit_of(before) * change).to(parameter.dtype)
+            parameter.data = changed(before, change).to(parameter.dtype)
             parameter.requires_grad_(learns)
         hidden, inputs = self._rounded.states.get(number), list[Tensor]()
         for index in range(len(self._skeleton)):
             inputs.append(hidden)
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), rounded_products(self._rounded):
                 hidden = self._run(index, hidden)
         loss, gradient = self._compare(number, hidden, learns)
         for index in reversed(range(len(self._skeleton)) if learns else ()):
             hidden = inputs.pop().detach().requires_grad_(index > 0)
-            with self._autocast():
+            with rounded_products(self._rounded):
                 output = self._run(index, hidden)
             output.backward(gradient.to(output.dtype))
             gradient = hidden.grad if hidden.grad is not None else gradient
@@ -364,7 +364,7 @@ class _RoundedLearner(Learner):
         # Window by window: logits are large.
         for one, target, state in zip(*(x.split(1) for x in (ids, targets, hidden)), strict=True):
             state = state.detach().requires_grad_(learns)
-            with self._autocast() if learns else contextlib.nullcontext():
+            with rounded_products(self._rounded) if learns else contextlib.nullcontext():
                 with torch.no_grad():
                     dense = self._teacher.logits(one, target)
                 loss = next_token_loss(self._skeleton.logits(one, state), one, dense) / len(ids)
@@ -384,8 +384,7 @@ class _RoundedLearner(Learner):
             if full in self._shards.factors:
                 weights[relative] = self._scaled(full, before)
             elif full in self.parameters:
-                changed = before.float() + unit_of(before.float()) * self.parameters[full]
-                weights[relative] = changed.to(before.dtype)
+                weights[relative] = changed(before, self.parameters[full])
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             return functional_call(block, weights, args, kwargs)

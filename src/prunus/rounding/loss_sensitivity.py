@@ -282,7 +282,7 @@ def part_width(linears: Sequence[Linear]) -> int:
     return max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs))))
 
 
-def _rounded_products(stream: Stream) -> torch.autocast:
+def rounded_products(stream: Stream) -> torch.autocast:
     """Let products be rounded to bfloat16 where that is faster than the model's float32."""
     # The result is a mean over random draws, so the rounding costs nothing.
     fast = multiplies_bfloat16(stream.device) and stream.skeleton.dtype == torch.float32
@@ -312,7 +312,7 @@ def _block_inputs(stream: Stream, count: Callable[[int], None]) -> list[Tensor]:
         inputs.append(stream.states.get(0).cpu())
         # Read before: what a checkpoint stores may have any dtype, and autocast refuses some.
         weights = stream.source.block(index)
-        with _rounded_products(stream):
+        with rounded_products(stream):
             stream.propagate(index, weights)
         count(1)
     return inputs
@@ -331,7 +331,7 @@ def _gradient_of_loss(
             # Window by window, and without names for what is used once: logits are large.
             for window_ids, hidden in zip(ids.split(1), stream.states.get(0).split(1), strict=True):
                 hidden = hidden.detach().requires_grad_()
-                with torch.enable_grad(), _rounded_products(stream):
+                with torch.enable_grad(), rounded_products(stream):
                     log_p = (
                         skeleton.logits(window_ids.to(hidden.device), hidden)
                         .flatten(0, -2)
@@ -462,7 +462,7 @@ def _measure_block(
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
         sums = measurement.sums(linears, device, factor)
         hidden = inputs.to(device).detach().requires_grad_()
-        with _summing(linears, sums), torch.enable_grad(), _rounded_products(stream):
+        with _summing(linears, sums), torch.enable_grad(), rounded_products(stream):
             output = run(hidden)
             output.backward((gradient.to(device) * factor).to(output.dtype))
         assert hidden.grad is not None
