@@ -43,6 +43,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
 from prunus.rounding.loss_sensitivity import rounded_products
+from prunus.rounding.size_plan import size_plan_of
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
 from prunus.training.loop import Learner, Schedule, Step, Training
@@ -168,8 +169,8 @@ class _Shards:
 
     def read_outside(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside the blocks by the model's names, with embedding and head dense."""
-        tensors, storage = self._read(self.record.outside_shard), self.plan.storage
-        for name in getattr(storage, "outside", ()):
+        tensors, storage = self._read(self.record.outside_shard), size_plan_of(self.plan)
+        for name in storage.outside:
             key = self.source.weight_key(name)
             tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
         stored = {name: self.source.stored[name] for name in names if name in self.source.stored}
@@ -193,8 +194,7 @@ class _Shards:
                 quantizer = self.choice.quantizers[module]
                 key = self.source.weight_key(module)
                 spans = self._columns(module) // quantizer.span
-                factor_OS = change.exp().repeat_interleave(spans // change.shape[1], dim=1)
-                rescale(self.codec, key, tensors, quantizer, factor_OS)
+                rescale(self.codec, key, tensors, quantizer, _spread(change, spans).flatten(1))
             elif (key := self.source.stored[name]) in tensors:
                 tensors[key] = changed(tensors[key], change)
         return tensors
@@ -206,6 +206,11 @@ class _Shards:
     def _read(self, shard: str) -> dict[str, Tensor]:
         opened = Checkpoint(self.folder.folder, only=[shard])
         return dict(opened.read(opened.tensors))
+
+
+def _spread(logarithm_OF: Tensor, count: int) -> Tensor:
+    """Trained factors as a view (O, F, count // F): one for each of `count` columns or spans."""
+    return logarithm_OF.exp()[..., None].expand(-1, -1, count // logarithm_OF.shape[1])
 
 
 def unit_of(vector: Tensor) -> Tensor:
@@ -397,13 +402,10 @@ class _RoundedLearner(Learner):
 
     def _scaled(self, name: str, before: Tensor) -> Tensor:
         """A weight (O, I) times its factors."""
-        factor_OF = self.parameters[name].exp()
-        order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
-        if order:
-            each = factor_OF.repeat_interleave(before.shape[1] // factor_OF.shape[1], dim=1)
-            return (before.float() * each[:, torch.tensor(order).argsort()]).to(before.dtype)
-        before_OFC = before.float().unflatten(1, (factor_OF.shape[1], -1))
-        return (before_OFC * factor_OF[..., None]).flatten(1).to(before.dtype)
+        factors = _spread(self.parameters[name], before.shape[1])
+        if order := self._shards.choice.quantizers[name.removesuffix(".weight")].columns:
+            factors = factors.flatten(1)[:, torch.tensor(order).argsort()]
+        return (before.float().view_as(factors) * factors).flatten(1).to(before.dtype)
 
     def _filled(self, index: int) -> nn.Module:
         """A block with the weights that it had before the training, or as they will be stored."""

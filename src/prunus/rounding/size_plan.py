@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_plan import LinearSelection, Storage
+from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage
 from prunus.methods.statistics import FIRST_SHARE
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
@@ -444,6 +444,12 @@ class SizePlan(Storage):
     def note_size(self, record: CompressionRecord, written: Checkpoint) -> None:
         """Enter the size of the files as written into the record."""
         record.size = self.size(written.file_bytes(), parts_of(self.request, written.tensors))
+
+
+def size_plan_of(plan: LinearPlan) -> SizePlan:
+    """The plan of the result of a run of compress."""
+    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
+    return plan.storage
 
 
 def folder_plan(
