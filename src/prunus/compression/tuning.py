@@ -149,7 +149,7 @@ class _Shards:
         self.vectors = {
             name: len(x)
             for name, x in plan.skeleton.model.named_parameters()
-            if x.dim() == 1 and name in self.source.stored
+            if x.dim() == 1 and name in self.source.stored_names
         }
 
     def bind(self, skeleton: Skeleton) -> None:
@@ -173,8 +173,8 @@ class _Shards:
         for name in storage.outside:
             key = self.source.weight_key(name)
             tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
-        stored = {name: self.source.stored[name] for name in names if name in self.source.stored}
-        return {name: tensors[key] for name, key in stored.items()}
+        keys = self.source.stored_names
+        return {name: tensors[keys[name]] for name in names if name in keys}
 
     def tuned(self, shard: str, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a shard after the training, as they are stored.
@@ -195,7 +195,7 @@ class _Shards:
                 key = self.source.weight_key(module)
                 spans = self._columns(module) // quantizer.span
                 rescale(self.codec, key, tensors, quantizer, _spread(change, spans).flatten(1))
-            elif (key := self.source.stored[name]) in tensors:
+            elif (key := self.source.stored_names[name]) in tensors:
                 tensors[key] = changed(tensors[key], change)
         return tensors
 
