@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prunus.engine.command import Command
     from prunus.engine.session import Session
 
-    _Begun = tuple[Command[Any, Any], Callable[[Any, Session], None] | None]
+    _Begun = tuple[Command[Any, Any], Callable[[Any, Session, Any], None] | None]
 
 # Options of `plan` that only recover has, in the first panel of its own help.
 _OF_RECOVER = ("mode", "text", "tokens", "minutes")

@@ -134,14 +134,9 @@ class Command(ABC, Generic[_Plan, _Record]):
         """
         work, given = RunOptions.pick(options)
         data, described = ({}, {}) if calibration is None else given_windows(calibration)
-        chosen = cls.read(model, recipe, given | described)
+        chosen = cls.RECIPE.read(recipe, given | described)
         out = None if output is None else Path(output)
         return cls(model, out, chosen, RunOptions.read(None, {**work, **data}), **fields)
-
-    @classmethod
-    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
-        """The recipe: that of a file or an object, with the options that were given on top."""
-        return cls.RECIPE.read(recipe, given)
 
     @property
     def result(self) -> Result[Any] | None:
@@ -203,7 +198,7 @@ def run_verb(
     session: Session = SILENT,
     *,
     plan_only: bool = False,
-    after: Callable[[_Record, Session], None] | None = None,
+    after: Callable[[_Record, Session, _Plan | None], None] | None = None,
 ) -> Any:
     """Carry out a command, and return the record of the run; or make its plan, and return that.
 
@@ -213,14 +208,15 @@ def run_verb(
         plan_only: Whether to end with the plan; nothing is written. Without a result its checks are
             left out. The errors are those of the run.
         after: Called on all processes with the record of the finished result, which it may extend,
-            before any other run may change the result; None for nothing.
+            before any other run may change the result; None for nothing. It also gets the plan,
+            which is None if the result of an earlier run stands.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
             work where possible; says what was given, what is wrong and what to do.
         RankError: Under torchrun, another process was lost or failed; names it.
     """
-    options, result, earlier = command.options, command.result, None
+    options, result, earlier, plan = command.options, command.result, None, None
 
     def find() -> Any:
         assert result is not None
@@ -265,7 +261,7 @@ def run_verb(
                 record = command.KIND.model_validate(dumped)
         if result is not None:
             if after is not None:
-                after(record, session)
+                after(record, session, plan)
             on_rank_0(result.close)
         return record
 

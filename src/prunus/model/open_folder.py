@@ -46,6 +46,10 @@ class OpenFolder:
     trust_remote_code: bool = False
     made_from: OpenFolder | None = None
 
+    def __str__(self) -> str:
+        """The path, which commands take the folder in place of."""
+        return str(self.path)
+
     @property
     def config_path(self) -> Path:
         """The file config.json."""

@@ -13,9 +13,9 @@ Tensors are stored in the dtype of the pruned checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -36,7 +36,8 @@ from prunus.engine.run_record import (
 from prunus.engine.session import SILENT, Session
 from prunus.model.adapter import save_adapter
 from prunus.model.checkpoint.files import remove, write_text
-from prunus.model.open_folder import ADAPTER_CONFIG
+from prunus.model.checkpoint.resolve import open_folder
+from prunus.model.open_folder import ADAPTER_CONFIG, OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
@@ -133,17 +134,29 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     Attributes:
         teacher: Folder or hub id of the dense model, or None.
+        opened: The folder of the model, if the mode was taken from it; else None.
     """
 
     RECIPE, KIND = RecoveryOptions, RecoveryRecord
 
     teacher: str | Path | None = None
+    opened: OpenFolder | None = None
 
     @classmethod
-    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> RecoveryOptions:
-        """The options, with the mode that follows from the model if none is given."""
-        mode = given.get("mode") or default_mode(model)
-        return RecoveryOptions.read(recipe, given | {"mode": mode})
+    def of(
+        cls,
+        model: Any,
+        output: str | Path | None,
+        recipe: Any,
+        options: Mapping[str, Any],
+        calibration: Any = None,
+        **fields: Any,
+    ) -> Self:
+        """See `Command.of`. If no mode is given, it is the one that follows from the model."""
+        if not options.get("mode"):
+            fields["opened"] = open_folder(model, unpacks=False)
+            options = {**options, "mode": default_mode(fields["opened"])}
+        return super().of(model, output, recipe, options, calibration, **fields)
 
     @property
     def result(self) -> RecoveryResult | None:
@@ -153,7 +166,8 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:
         """See `plan_recovery`. The dtype follows from the device, also in a resumed run."""
-        return plan_recovery(self.model, self.recipe, self.options, self.teacher)
+        plan = plan_recovery(self.opened or self.model, self.recipe, self.options, self.teacher)
+        return replace(plan, name=self.model_name)
 
     def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
         """See `recovery_inputs`."""

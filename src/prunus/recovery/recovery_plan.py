@@ -98,7 +98,7 @@ class RecoveryPlan(OpenModel):
                 source.check_unchanged()
 
 
-def default_mode(model: str | Path) -> Mode:
+def default_mode(model: str | Path | OpenFolder) -> Mode:
     """The mode that follows from how a checkpoint was made.
 
     Raises:
@@ -118,18 +118,18 @@ def default_mode(model: str | Path) -> Mode:
 
 
 def plan_recovery(
-    model: str | Path,
+    model: str | Path | OpenFolder,
     recipe: RecoveryOptions,
     options: RunOptions,
-    teacher: str | Path | None,
+    teacher: str | Path | OpenFolder | None,
 ) -> RecoveryPlan:
     """Check all that needs neither weights nor text, and decide what is left open.
 
     Args:
-        model: Folder or hub id of the checkpoint to train.
+        model: Folder or hub id of the checkpoint to train, or its open folder.
         recipe: How it is trained.
         options: How the work is done.
-        teacher: Folder or hub id of the dense model, or None.
+        teacher: The dense model in the same way, or None.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ModuleNotFoundError,
@@ -262,7 +262,7 @@ def _text_sha256(source: str, text: TrainingText) -> str:
     return hashlib.sha256(f"{text.sha256} {file_digest(Path(source))}".encode()).hexdigest()
 
 
-def _folder_of(model: str | Path, *, unpacks: bool) -> OpenFolder:
+def _folder_of(model: str | Path | OpenFolder, *, unpacks: bool) -> OpenFolder:
     """The folder of a checkpoint.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +34,7 @@ from prunus.model.checkpoint.files import (
     make_folder,
     remove_temporaries,
 )
+from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.open_folder import OpenFolder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.prune import Pruning
@@ -61,6 +62,7 @@ class Runner:
     Attributes:
         sweep: What to do.
         results: What was done; every step is entered here and saved.
+        models: The dense models by label.
         output: Folder of the results.
         options: Those of the command, for all cells.
         report: Is called with a line of text after every step.
@@ -68,6 +70,7 @@ class Runner:
 
     sweep: Sweep
     results: SweepResults
+    models: Mapping[str, OpenFolder]
     output: Path
     options: RunOptions
     report: Callable[[str], None]
@@ -87,7 +90,7 @@ class Runner:
         for label, model in self.results.models.items():
             title = f"{label}, dense"
             with self._running(model, title):
-                self._score(Path(model.path), model, label, title)
+                self._score(self.models[label], model, label, title)
         for cell in self.results.cells:
             if cell.recovers is None:
                 recoveries = [x for x in self.results.cells if x.recovers == cell.name]
@@ -153,7 +156,7 @@ class Runner:
         folder = cell.folder(self.output)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
-        command = Pruning(Path(model.path), weights, cell.recipe, self.options)
+        command = Pruning(self.models[cell.model], weights, cell.recipe, self.options)
         manifest = self._made(cell, lambda: run_verb(command, Session(report=report_block)))
         copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
         if cell.pruning is None:
@@ -204,7 +207,9 @@ class Runner:
         merge_adapter(weights, pruned, weights / "merged")
         return weights / "merged"
 
-    def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
+    def _score(
+        self, weights: Path | OpenFolder, record: SweptModel, label: str, title: str
+    ) -> None:
         """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
         Every figure is saved and reported at once.
@@ -216,21 +221,21 @@ class Runner:
             title: Begins the lines of text.
         """
         scoring = self.sweep.scoring
-        trust = self.options.trust_remote_code
+        model = open_folder(weights, self.options.trust_remote_code)
 
         def finished(what: str, value: float) -> None:
             self._save()
             self.report(f"{title}: {what} {value:.4g}")
 
         if record.size is None:
-            record.size = stored_size(OpenFolder(weights, trust))
+            record.size = stored_size(model)
         # A cell is compared with the dense model, which is compared with nothing.
         is_cell = isinstance(record, CellResult)
-        reference = Path(self.results.models[label].path) if is_cell else None
+        reference = self.models[label] if is_cell else None
         how = scoring.arguments(TextOptions, self.options)
         for text in scoring.texts:
             if text not in record.scores:
-                result = perplexity(weights, text, reference=reference, progress=False, **how)
+                result = perplexity(model, text, reference=reference, progress=False, **how)
                 dense = self.results.models[label].scores.get(text, result)
                 if result.windows_sha256 != dense.windows_sha256:
                     raise ValueError(
@@ -243,7 +248,7 @@ class Runner:
                     finished(f"KL divergence on {text}", result.divergence.kl)
         if scoring.tasks and not record.tasks:
             how = scoring.arguments(TaskOptions, self.options)
-            results = evaluate(weights, scoring.tasks, progress=False, **how)
+            results = evaluate(model, scoring.tasks, progress=False, **how)
             rows = (self.results.models[label].tasks or results).get("task_hashes")
             if results.get("task_hashes") != rows:
                 raise ValueError(

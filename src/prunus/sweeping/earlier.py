@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +38,27 @@ from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import CellResult, SweepResults, dense_name
 
 
-def enter_earlier(
-    earlier: SweepResults, now: SweepResults, sweep: Sweep, output: Path, options: RunOptions
-) -> None:
-    """Enter into `now` what holds of an earlier run, and note in `now.changed` what does not.
+def enter_earlier(earlier: SweepResults, today: Today) -> None:
+    """Enter into the results what holds of an earlier run, and into `changed` what does not.
 
     Args:
         earlier: The results of the earlier run.
-        now: The results of this run, with all cells, which may be more than the earlier ones.
-        sweep: The sweep.
-        output: Folder of the results.
-        options: Those of the command.
+        today: What the figures depend on now. Its results have all cells, which may be more than
+            the earlier ones.
 
     Raises:
         FileExistsError: The sweep differs in more than further cells, or the earlier results do not
             say what they were measured on.
         ValueError, FileNotFoundError: The record of a cell is damaged, or a text is not at hand.
     """
-    _check_options(earlier, now, output)
-    today = _Today(now, sweep, output, options)
+    now = today.results
+    _check_options(earlier, now, today.output)
     for label, model in earlier.models.items():
         fresh = now.models[label]
         texts = {f"text {text}": score.windows_sha256 for text, score in model.scores.items()}
         before = {"checkpoint": model.weights_sha256, "lm_eval": earlier.versions.get("lm_eval")}
         after = {"checkpoint": fresh.weights_sha256, "lm_eval": now.versions.get("lm_eval")}
-        after |= {f"text {text}": today.windows_sha256(fresh.path, text) for text in model.scores}
+        after |= {f"text {text}": today.windows_sha256(label, text) for text in model.scores}
         if why := first_difference(before | texts, after):
             now.changed[dense_name(label)] = why
         else:
@@ -145,30 +141,36 @@ def _joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Today:
+class Today:
     """What the figures of a sweep depend on now.
 
     Args:
         results: The results of this run, with what is kept of the earlier one so far.
         sweep: The sweep.
+        models: The dense models by label.
         output: Folder of the results.
         options: Those of the command.
     """
 
     def __init__(
-        self, results: SweepResults, sweep: Sweep, output: Path, options: RunOptions
+        self,
+        results: SweepResults,
+        sweep: Sweep,
+        models: Mapping[str, OpenFolder],
+        output: Path,
+        options: RunOptions,
     ) -> None:
-        self.results, self.sweep, self.output, self.options = results, sweep, output, options
+        self.results, self.sweep, self.models = results, sweep, models
+        self.output, self.options = output, options
         # Model and options of windows -> the calibration windows, which cells share.
         self.drawn: dict[str, Windows] = {}
         self.recovery_inputs = functools.cache(self._recovery_inputs)
 
-    def windows_sha256(self, dense: str, text: str) -> str:
+    def windows_sha256(self, label: str, text: str) -> str:
         """The hash of the windows of a text, cut by the tokenizer of a dense model."""
         how = TextOptions(**self.sweep.scoring.arguments(TextOptions, self.options))
-        folder = OpenFolder(Path(dense), self.options.trust_remote_code)
         length = window_length(how, [text])
-        windows = scoring_windows(text, lambda: load_tokenizer(folder), length, how)
+        windows = scoring_windows(text, lambda: load_tokenizer(self.models[label]), length, how)
         return hash_ids(windows.ids)
 
     def why_again(self, cell: CellResult) -> str:
@@ -177,7 +179,7 @@ class _Today:
         What an unfinished cell has left decides by its own record whether it goes on.
         """
         kind = Manifest if cell.recovers is None else RecoveryRecord
-        folder, dense = cell.folder(self.output), self.results.models[cell.model].path
+        folder, dense = cell.folder(self.output), self.models[cell.model]
         if cell.pruning is None and cell.recovered is None:
             return ""
         if not (folder / kind.FILE).exists():
@@ -192,10 +194,10 @@ class _Today:
             found = found.model_copy(update={"checkpoint": trained.inputs.checkpoint})
             return trained.difference(trained.recipe, found)
         record = Manifest.load(folder)
-        command = Pruning(Path(dense), None, cell.recipe, self.options)
+        command = Pruning(dense, None, cell.recipe, self.options)
         plan = command.plan(SILENT, record.inputs.dtype)
         asked = cell.recipe.model_dump(include={*WindowOptions.model_fields})
-        key = repr((dense, plan.needs_inputs, asked))
+        key = repr((cell.model, plan.needs_inputs, asked))
         if key not in self.drawn:
             self.drawn[key] = calibration_windows(plan)
         # The weights are those of the earlier run, so their hashes are too.
@@ -203,11 +205,11 @@ class _Today:
             cell.recipe, run_inputs(plan, self.drawn[key], record.inputs.outside)
         )
 
-    def _recovery_inputs(self, dense: str, recovery: str) -> RecoveryInputs:
+    def _recovery_inputs(self, dense: OpenFolder, recovery: str) -> RecoveryInputs:
         """What a recovery depends on: the text and tokenizer of a pruned model are the dense one's.
 
         Args:
-            dense: Folder of the dense model.
+            dense: The dense model.
             recovery: Name of the table of the recovery.
         """
         table = dict(self.sweep.recovery[recovery])

@@ -11,7 +11,7 @@ is compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from prunus.model.checkpoint.output_folder import check_apart, holds_result
 from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
+from prunus.model.open_folder import OpenFolder
 from prunus.model.source import CheckpointSource
 from prunus.options import takes
 from prunus.pruning.prune import Pruning
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.recovery.recovery_plan import full_fingerprint
 from prunus.sweeping.cells import Runner
-from prunus.sweeping.earlier import enter_earlier, naming
+from prunus.sweeping.earlier import Today, enter_earlier, naming
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import DenseResult, SweepResults
 
@@ -76,18 +77,29 @@ def sweep(
         )
     run_options = RunOptions.read(None, options)
     # What the folder holds decides what is done, so from here on no other run may change it.
-    with (
-        locked_output(folder, lambda: check_folder(chosen, folder)),
-        unchanged(*map(open_folder, chosen.labels().values())),
-    ):
-        results = check_sweep(chosen, folder, run_options, file)
-        report = progress or (lambda line: None)
-        for line in results.kept_and_changed():
-            report(line)
-        return Runner(chosen, results, folder, run_options, report).run()
+    with locked_output(folder, lambda: check_folder(chosen, folder)):
+        opened = open_models(chosen, run_options)
+        with unchanged(*opened.values()):
+            results = check_sweep(chosen, folder, run_options, file, opened)
+            report = progress or (lambda line: None)
+            for line in results.kept_and_changed():
+                report(line)
+            return Runner(chosen, results, opened, folder, run_options, report).run()
 
 
-def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
+def open_models(sweep: Sweep, options: RunOptions) -> dict[str, OpenFolder]:
+    """The folders of the dense models of a sweep, by label."""
+    models = sweep.labels().items()
+    return {label: open_folder(name, options.trust_remote_code) for label, name in models}
+
+
+def check_sweep(
+    sweep: Sweep,
+    output: Path,
+    options: RunOptions,
+    file: str,
+    opened: Mapping[str, OpenFolder] | None = None,
+) -> SweepResults:
     """Check a sweep before any work.
 
     Args:
@@ -95,6 +107,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         output: Folder of the results, which may hold an earlier run of the sweep.
         options: Those of the command.
         file: Name of the sweep file, for the results.
+        opened: What `open_models` returned; None opens the models.
 
     Returns:
         The results so far, with all cells: those of an earlier run, and new ones to fill in.
@@ -107,11 +120,11 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
     """
     fresh = check_folder(sweep, output)
     models, sources, scorer = {}, {}, dict[str, str]()
-    for label, name in sweep.labels().items():
-        folder = open_folder(name, options.trust_remote_code)
+    opened = opened or open_models(sweep, options)
+    for label, folder in opened.items():
         check_apart(output, folder.path)
         source = CheckpointSource(folder)
-        require_causal(source.config, f"a sweep (of {name})")
+        require_causal(source.config, f"a sweep (of {sweep.labels()[label]})")
         sources[label] = source
         models[label] = DenseResult(
             path=str(folder.path), fingerprint=source.fingerprint, state="waiting"
@@ -119,9 +132,8 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
     for text in sweep.scoring.texts:
         check_text(text, options.data)
     if sweep.scoring.tasks:
-        folders = [model.path for model in models.values()]
         how = sweep.scoring.arguments(TaskOptions, options)
-        prepare_tasks(folders, sweep.scoring.tasks, **how)
+        prepare_tasks([*opened.values()], sweep.scoring.tasks, **how)
         scorer = {"lm_eval": installed_version("lm_eval")}
     for name, table in sweep.recovery.items():
         try:
@@ -143,7 +155,8 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         cells=sweep.cells(),
     )
     if not fresh:
-        enter_earlier(SweepResults.load(output), results, sweep, output, options)
+        today = Today(results, sweep, opened, output, options)
+        enter_earlier(SweepResults.load(output), today)
     for cell in results.cells:
         if cell.state != "done":
             with naming(cell):
@@ -151,7 +164,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
                 # With dtype "auto" the plan would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
                 if cell.recovers is None:
-                    Pruning(models[cell.model].path, None, recipe, options).plan()
+                    Pruning(opened[cell.model], None, recipe, options).plan()
     return results
 
 

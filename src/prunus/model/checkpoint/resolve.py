@@ -41,7 +41,7 @@ def unpacked(folder: OpenFolder, say: Callable[[str], None] | None = None) -> Op
 
 
 def open_folder(
-    model: str | Path,
+    model: str | Path | OpenFolder,
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
     unpacks: bool = True,
@@ -54,7 +54,7 @@ def open_folder(
 
     Args:
         model: Path of a folder, path of a model in a format with a suffix, or hub id such as
-            `owner/name`.
+            `owner/name`. A folder that is open already is returned as it is.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         say: Called with a line of text before each step of unpacking; None for silence.
         unpacks: Whether a model in another format is unpacked; else it has a `format`.
@@ -65,6 +65,8 @@ def open_folder(
         ValueError: A file in the folder is no regular file or too large, or the model is damaged
             or of a kind that cannot be unpacked.
     """
+    if isinstance(model, OpenFolder):
+        return model
     path = Path(model)
     folder = OpenFolder(path, trust_remote_code)
     if folder.format is not None:
