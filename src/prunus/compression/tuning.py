@@ -7,9 +7,10 @@ of the next-token distributions from those of the dense model:
     dense model    ► the last hidden states of all windows, stored once
     rounded model  ► for each step: forward block by block ► loss ► backward block by block
 
-Only the inputs of the blocks are kept between the two ways of a step, as in gradient checkpointing.
-Blocks are decoded from the shards of the result when their turn comes, and stay in memory if they
-all fit. So a model whose result fits in memory can be trained, whatever its checkpoint takes.
+Where memory allows, decoded blocks stay in it, and so does what the forward pass computes for the
+backward pass. Else blocks are decoded from the shards of the result when their turn comes, and only
+their inputs are kept, as in gradient checkpointing. So a model whose result fits in memory can be
+trained, whatever its checkpoint takes.
 
 The rate is proportional to the divergence before the training (`_RATE`): the errors of scales are
 about as large as those of weights, whose squares the divergence grows with.
@@ -56,9 +57,9 @@ _HELD_OUT = 16
 _RATE = 0.005
 # The most columns that have a factor of their own: more factors learn more noise.
 _COLUMNS = 256
-# The share of free memory that decoded blocks may take, so that they are decoded only once, and
-# the share that hidden states may take.
-_DECODED_SHARE, _STATES_SHARE = 0.5, 0.2
+# The share of free memory that may be taken by decoded blocks and what the backward pass needs of
+# them, and the share that hidden states may take.
+_KEPT_SHARE, _STATES_SHARE = 0.5, 0.2
 # The file that keeps what was learnt while the shards are written.
 _LEARNT = "tuned.safetensors"
 
@@ -262,7 +263,10 @@ class _RoundedLearner(Learner):
         self._decoded: set[int] = set()
         size = sum(map(shards.block_nbytes, range(len(plan.skeleton))))
         size = size // plan.source.stored_dtype.itemsize * plan.skeleton.dtype.itemsize
-        self._keeps = size <= _DECODED_SHARE * available_memory()
+        # Weights as they were and with their factors, and inputs and outputs of linears, twice.
+        values = sum(sum(x.shape) for x in plan.skeleton.blocks.parameters() if x.dim() > 1)
+        size = 2 * size + 4 * self.step_tokens * values * plan.skeleton.dtype.itemsize
+        self._keeps = size <= _KEPT_SHARE * available_memory()
         width = plan.skeleton.window_shape(0, 1)[1]
         states = sum(x.numel() for x in self._ids) * width * plan.skeleton.dtype.itemsize
         spill_to = run.spill_folder if 2 * states > _STATES_SHARE * available_memory() else None
@@ -339,18 +343,19 @@ class _RoundedLearner(Learner):
             change = self.parameters[name].detach()
             parameter.data = changed(before, change).to(parameter.dtype)
             parameter.requires_grad_(learns)
-        hidden, inputs = self._rounded.states.get(number), list[Tensor]()
-        for index in range(len(self._skeleton)):
-            inputs.append(hidden)
-            with torch.no_grad(), rounded_products(self._rounded):
-                hidden = self._run(index, hidden)
+        hidden, blocks = self._rounded.states.get(number), range(len(self._skeleton))
+        passed: list[tuple[Tensor, Tensor]] = []
+        for index in blocks:
+            inputs = hidden.detach().requires_grad_(learns and index > 0)
+            with torch.set_grad_enabled(learns and self._keeps):
+                hidden = self._run(index, inputs)
+            passed.append((inputs, hidden))
         loss, gradient = self._compare(number, hidden, learns)
-        for index in reversed(range(len(self._skeleton)) if learns else ()):
-            hidden = inputs.pop().detach().requires_grad_(index > 0)
-            with rounded_products(self._rounded):
-                output = self._run(index, hidden)
+        for index in reversed(blocks if learns else ()):
+            inputs, hidden = passed.pop()
+            output = hidden if self._keeps else self._run(index, inputs)
             output.backward(gradient.to(output.dtype))
-            gradient = hidden.grad if hidden.grad is not None else gradient
+            gradient = inputs.grad if inputs.grad is not None else gradient
         for name, (parameter, before) in self._outside.items() if learns else ():
             assert parameter.grad is not None
             self.parameters[name].grad = parameter.grad.float() * unit_of(before)
@@ -389,21 +394,21 @@ class _RoundedLearner(Learner):
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             return functional_call(block, weights, args, kwargs)
 
-        output = self._rounded.call(index, with_weights)(hidden)  # type: ignore[arg-type]
+        with rounded_products(self._rounded):
+            output = self._rounded.call(index, with_weights)(hidden)  # type: ignore[arg-type]
         if not self._keeps:
             self._skeleton.release(index)
             self._decoded.discard(index)
         return output
 
-    def _scaled(self, name: str, before: Tensor) -> Tensor:
-        """A weight (O, I) times its factors."""
-        factor_OF = self.parameters[name].exp()
+    def _scaled(self, name: str, before_OI: Tensor) -> Tensor:
+        """A weight times its factors."""
         order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
-        if order:
-            each = factor_OF.repeat_interleave(before.shape[1] // factor_OF.shape[1], dim=1)
-            return (before.float() * each[:, torch.tensor(order).argsort()]).to(before.dtype)
-        before_OFC = before.float().unflatten(1, (factor_OF.shape[1], -1))
-        return (before_OFC * factor_OF[..., None]).flatten(1).to(before.dtype)
+        if not order:
+            return _Scaled.apply(before_OI, self.parameters[name])  # type: ignore[no-any-return]
+        columns = torch.tensor(order, device=before_OI.device)
+        sorted_OI = _Scaled.apply(before_OI[:, columns], self.parameters[name])
+        return sorted_OI[:, columns.argsort()]  # type: ignore[no-any-return]
 
     def _filled(self, index: int) -> nn.Module:
         """A block with the weights that it had before the training, or as they will be stored."""
@@ -418,6 +423,27 @@ class _RoundedLearner(Learner):
         for index in self._decoded:
             self._skeleton.release(index)
         self._decoded.clear()
+
+
+class _Scaled(torch.autograd.Function):
+    """A weight (O, I) whose columns are multiplied by the factors (O, F) of their parts.
+
+    The gradient of the logarithm of a factor is the sum of gradient times weight over its part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, before_OI: Tensor, change_OF: Tensor) -> Tensor:
+        # One pass over memory, in which only the small change is rounded to the weight's dtype.
+        before_OFC = before_OI.unflatten(1, (change_OF.shape[1], -1))
+        small_OF1 = change_OF.expm1().to(before_OI.dtype)[..., None]
+        after_OFC = torch.addcmul(before_OFC, before_OFC, small_OF1)
+        ctx.save_for_backward(after_OFC)
+        return after_OFC.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+        (after_OFC,) = ctx.saved_tensors
+        return None, torch.linalg.vecdot(outer[0].reshape(after_OFC.shape), after_OFC).float()
 
 
 def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText:
