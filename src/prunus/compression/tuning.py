@@ -405,10 +405,10 @@ class _RoundedLearner(Learner):
         """A weight times its factors."""
         order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
         if not order:
-            return _Scaled.apply(before_OI, self.parameters[name])  # type: ignore[no-any-return]
+            return _Scaled.apply(before_OI, self.parameters[name])
         columns = torch.tensor(order, device=before_OI.device)
         sorted_OI = _Scaled.apply(before_OI[:, columns], self.parameters[name])
-        return sorted_OI[:, columns.argsort()]  # type: ignore[no-any-return]
+        return sorted_OI[:, columns.argsort()]
 
     def _filled(self, index: int) -> nn.Module:
         """A block with the weights that it had before the training, or as they will be stored."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.engine.linear_options import LinearOptions
+from prunus.engine.linear_options import PresetOptions
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
 from prunus.options import Option, Range, at_least, one_of
@@ -28,7 +28,7 @@ from prunus.words import in_bytes, parse_bytes
 _OF_FOLDERS = "NVFP4"
 
 
-class CompressionRecipe(LinearOptions):
+class CompressionRecipe(PresetOptions):
     """One run of compress, in the words of the command line.
 
     Attributes:
@@ -61,7 +61,6 @@ class CompressionRecipe(LinearOptions):
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = {
-        "preset": "presets are for prune",
         "propagate": "compress always runs one pass",
         "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
@@ -263,7 +262,7 @@ class CompressionRecipe(LinearOptions):
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The default format is not named: a file has another one.
         default = {"format"} if self.format == type(self).model_fields["format"].default else set()
-        unused = self.unused | default | (set() if self.tune else {"tune"})
+        unused = self.unused | default | {x for x in ("tune", "preset") if not getattr(self, x)}
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 
