@@ -12,8 +12,9 @@ Shape suffixes: O outputs (rows), R some of them, I inputs.
 from __future__ import annotations
 
 import functools
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer, check
 from prunus.rounding.group_sweep import GroupRounding, round_weight
 from prunus.rounding.lattice import lossless_type, on_lattice
 from prunus.rounding.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
-from prunus.rounding.measuring_trial import Steps
-from prunus.rounding.size_plan import SizePlan
+from prunus.rounding.measuring_trial import try_measurement
+from prunus.rounding.size_plan import SizePlan, TypedWeight
 from prunus.rounding.type_choice import Measurement, TypeChoice
 from prunus.words import naming
 
@@ -229,23 +230,50 @@ def measured(
     size_plan = size_plan_of(plan)
     if not size_plan.measures_loss:
         return size_plan.lasting
+    sensitivities = _sensitivities(plan, session, ids, digests)
+    what = "rounding some rows of each weight to every type"
+    count = session.preparing(what, len(size_plan.weights), plan.device)
     losses: dict[str, Tensor] = {}
     importances: dict[str, Tensor] = {}
-    corrects = plan.recipe.rounds == "feedback"
-    sensitivities = measure_loss(
-        plan,
-        session,
-        ids,
-        digests,
-        LossMeasurement(
-            plan.selected,
-            plan.work.options.damping,
-            plan.recipe.seed,
-            feedback=corrects,
-            outside=True,
-            by_inputs=size_plan.by_inputs,
-        ),
+    for first, lost, of_modules in _measured_types(plan, sensitivities, size_plan.weights):
+        losses[first] = lost
+        importances |= of_modules
+        count(1)
+    return replace(size_plan.lasting, losses=losses, importances=importances)
+
+
+def _sensitivities(
+    plan: LinearPlan, session: Session, ids: Tensor, digests: dict[str, str]
+) -> dict[str, LinearSensitivity]:
+    """Full name -> what errors of each linear cost; the arguments are as of `measure_loss`."""
+    aim = LossMeasurement(
+        plan.selected,
+        plan.work.options.damping,
+        plan.recipe.seed,
+        feedback=plan.recipe.rounds == "feedback",
+        outside=True,
+        by_inputs=size_plan_of(plan).by_inputs,
     )
+    return measure_loss(plan, session, ids, digests, aim)
+
+
+def _measured_types(
+    plan: LinearPlan,
+    sensitivities: Mapping[str, LinearSensitivity],
+    weights: Mapping[str, TypedWeight],
+) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """Measure the types of each weight, and yield it when it is done.
+
+    Args:
+        plan: The run.
+        sensitivities: What `_sensitivities` returned.
+        weights: First module of each weight -> the weight.
+
+    Yields:
+        The first module of a weight, what each type adds to the loss, and the importances of the
+        modules that need them; see `measured`.
+    """
+    corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
     head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
@@ -253,20 +281,15 @@ def measured(
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
-    count = session.preparing(
-        "rounding some rows of each weight to every type", len(size_plan.weights), plan.device
-    )
-    for first, weight in size_plan.weights.items():
-        names, quantizers, parts = weight.modules, weight.quantizers, []
+    for first, weight in weights.items():
+        names, importances, parts = weight.modules, dict[str, Tensor](), []
         for name in names:
             weight_OI = plan.checkpoint.weight(f"{name}.weight")
+            of_name = uses[id(modules[name].weight)]
             with naming(name):
-                parts.append(
-                    type_losses(weight_OI, uses[id(modules[name].weight)], quantizers, len(names))
-                )
+                parts.append(type_losses(weight_OI, of_name, weight.quantizers, len(names)))
             if name in linears and not corrects:
                 importances[name] = sensitivities[name].importance_I
-        losses[first] = torch.stack(parts).sum(dim=0)
         if first not in linears:
             importance_I = torch.zeros(weight.shape[-1])
             # Feedback learns what errors cost as the head from the inputs of all windows.
@@ -275,8 +298,7 @@ def measured(
             ):
                 importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
             importances[first] = importance_I
-        count(1)
-    return replace(size_plan.lasting, losses=losses, importances=importances)
+        yield first, torch.stack(parts).sum(dim=0), importances
 
 
 def type_losses(
@@ -350,29 +372,29 @@ def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
         plan: The run.
         windows: Some of its windows (windows, tokens).
     """
-    size_plan, path, first, steps = size_plan_of(plan), f"{plan.skeleton.path}.", Steps(), Steps()
-    # First module of a weight -> the one of the first two blocks that stands for it.
-    stands = {name: name for name in size_plan.weights}
-    for name in stands:
-        if name.startswith(path):
-            index, _, rest = name.removeprefix(path).partition(".")
-            stands[name] = f"{path}{int(index) % 2}.{rest}"
-    tried = {name: size_plan.weights[name] for name in dict.fromkeys(stands.values())}
-    few = two_blocks(plan)
-    storage = size_plan_of(few)
-    measured(replace(few, storage=replace(storage, weights={})), first.session, windows[:1], {})
-    few = replace(few, storage=replace(storage, weights=tried))
-    found = measured(few, steps.session, windows[:2], {})
-    losses = {name: found.losses[other] for name, other in stands.items() if found.losses}
-    choice = size_plan.choose(replace(found, losses=losses))
-    seconds = 0.0
+    size_plan, path = size_plan_of(plan), f"{plan.skeleton.path}."
+    seconds, measurement = 0.0, size_plan.lasting
     if size_plan.measures_loss:
-        seconds = steps.measuring(plan, first)
-        # The last steps are the types of each weight.
-        started, *done = steps.times[-len(tried) - 1 :]
-        for name, end in zip(tried, done, strict=True):
+        seconds, sensitivities = try_measurement(plan, windows, _sensitivities)
+        # First module of a weight -> the one of the first two blocks that stands for it.
+        in_block = re.compile(rf"(?<=^{re.escape(path)})\d+")
+        stands = {
+            name: in_block.sub(lambda index: str(int(index[0]) % 2), name)
+            for name in size_plan.weights
+        }
+        tried = {name: size_plan.weights[name] for name in dict.fromkeys(stands.values())}
+        losses: dict[str, Tensor] = {}
+        importances: dict[str, Tensor] = {}
+        started = time.perf_counter()
+        for name, lost, of_modules in _measured_types(two_blocks(plan), sensitivities, tried):
+            losses[name] = lost
+            importances |= of_modules
+            done = time.perf_counter()
             times = len(plan.skeleton) / 2 if name.startswith(path) else 1
-            seconds, started = seconds + times * (end - started), end
+            seconds, started = seconds + times * (done - started), done
+        losses = {name: losses[other] for name, other in stands.items()}
+        measurement = replace(measurement, losses=losses, importances=importances)
+    choice = size_plan.choose(measurement)
 
     def after(changer: BlockChanger, batches: list[Tensor]) -> float:
         """Seconds of the statistics of the head, and of rounding what lies outside the blocks."""

@@ -34,7 +34,12 @@ from prunus.methods.allocation import (
 )
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.rounding.loss_sensitivity import CURVE_STEP, LossMeasurement, measure_loss
+from prunus.rounding.loss_sensitivity import (
+    CURVE_STEP,
+    LinearSensitivity,
+    LossMeasurement,
+    measure_loss,
+)
 
 # No linear is pruned further from the recipe's sparsity than this before the next constant.
 _MAX_DISTANCE = 0.25
@@ -143,14 +148,7 @@ def _by_loss(
     """The sparsities at which the slopes of all curves of the loss are equal."""
     sparsity = plan.work.sparsity
     shapes = {name: linear.shape for name, linear in plan.selected_linears().items()}
-    recipe, damping = plan.recipe, plan.work.options.damping
-    measured = measure_loss(
-        plan,
-        session,
-        ids,
-        digests,
-        LossMeasurement(plan.selected, damping, recipe.seed, feedback=False),
-    )
+    measured = measured_curves(plan, session, ids, digests)
     # From the least to the most that a linear may lose, a curve has (sparsity, loss).
     low, high = (sparsity + side * _MAX_DISTANCE for side in (-1, 1))
     measured_at = [point * CURVE_STEP for point in range(round(1 / CURVE_STEP))]
@@ -165,6 +163,15 @@ def _by_loss(
     sparsities = [sparsity + _PART * (value - sparsity) for value in best]
     rounded = round_to_whole_weights(sparsities, list(shapes.values()), sparsity)
     return dict(zip(shapes, rounded, strict=True))
+
+
+def measured_curves(
+    plan: LinearPlan, session: Session, ids: Tensor, digests: dict[str, str]
+) -> dict[str, LinearSensitivity]:
+    """Full name -> the curve of the loss of each linear; the arguments are as of `measure_loss`."""
+    damping = plan.work.options.damping
+    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, feedback=False)
+    return measure_loss(plan, session, ids, digests, aim)
 
 
 def _interpolated(curve: list[float], sparsity: float) -> float:

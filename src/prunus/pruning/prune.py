@@ -23,6 +23,7 @@ from prunus.model.kinds import kind_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
 from prunus.options import takes
+from prunus.pruning.allocate_sparsity import measured_curves
 from prunus.pruning.manifest import Manifest, pruned_card
 from prunus.pruning.pruning_step import fit_to_model, pruning_step
 from prunus.pruning.recipe import Recipe
@@ -130,7 +131,10 @@ class Pruning(LinearCommand[Manifest]):
 
     def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
         """What the allocation measures."""
-        return try_measurement(plan, windows)
+        if plan.recipe.measures != "loss":
+            return Trial()
+        seconds, _ = try_measurement(plan, windows, measured_curves)
+        return Trial(seconds)
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
         """Plain tensors."""

@@ -1,20 +1,24 @@
 """A trial of the measurement of the loss on two blocks, for the time that a run takes.
 
 Steps            hears when each step of a trial was done
-try_measurement  the trial of a run whose allocation measures the loss
+try_measurement  the trial, for prune and for compress
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
-from prunus.engine.forecast import Trial, two_blocks
+from prunus.engine.forecast import two_blocks
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.session import Session
-from prunus.rounding.loss_sensitivity import PROBE_WINDOWS, LossMeasurement, measure_loss
+from prunus.rounding.loss_sensitivity import PROBE_WINDOWS
+
+Measured = TypeVar("Measured")
 
 
 @dataclass
@@ -54,12 +58,23 @@ class Steps:
         return embedding + loss + len(plan.skeleton) * block
 
 
-def try_measurement(plan: LinearPlan, windows: Tensor) -> Trial:
-    """The trial of a run that prunes: what its allocation measures."""
-    if plan.recipe.measures != "loss":
-        return Trial()
-    first, second, damping = Steps(), Steps(), plan.work.options.damping
-    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, feedback=False)
-    for count, steps in enumerate((first, second), 1):
-        measure_loss(two_blocks(plan), steps.session, windows[:count], {}, aim)
-    return Trial(second.measuring(plan, first))
+def try_measurement(
+    plan: LinearPlan,
+    windows: Tensor,
+    measure: Callable[[LinearPlan, Session, Tensor, dict[str, str]], Measured],
+) -> tuple[float, Measured]:
+    """Seconds of a measurement of the loss in a run, from trials of it on two blocks.
+
+    Args:
+        plan: The run.
+        windows: Some of its windows (windows, tokens), of which first one, then two are measured.
+        measure: The measurement; its arguments are the first ones of `measure_loss`, which it
+            calls.
+
+    Returns:
+        The seconds, and what `measure` returned for two windows.
+    """
+    first, second, few = Steps(), Steps(), two_blocks(plan)
+    measure(few, first.session, windows[:1], {})
+    found = measure(few, second.session, windows[:2], {})
+    return second.measuring(plan, first), found

@@ -109,7 +109,7 @@ class PlanRequest:
         """
         checkpoint, key = self.source.checkpoint, self.source.weight_key(name)
         if (piece := self.source.pieces.get(key)) is not None:
-            first = checkpoint.first(piece.key)
+            first = checkpoint.first_matrix(piece.key)
             rows_OI = piece.fused.cut(first.expand(piece.fused.shape[0], *first.shape))[piece.name]
             return torch.cat([rows_OI[:_SAMPLED], rows_OI[-_SAMPLED:]])
         info = checkpoint.tensors[key]

@@ -21,7 +21,8 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -395,66 +396,11 @@ def _common(positions: Iterable[int]) -> int:
 # Earlier linears are pruned by then, so each pass sees the same values as lockstep does.
 
 
-@dataclass
-class _Group:
+class _Group(NamedTuple):
     """Linears that get the very same input, and the statistics of that input."""
 
     statistics: InputStatistics  #: of all batches that have reached the group in this pass
-    members: list[str]  #: names of the linears, in the order in which the batches reached them
-
-
-@dataclass
-class _FirstGroup:
-    """Observes one batch: measures the first linear that it reaches, and finds its group.
-
-    All batches of a pass share `groups` and `counted`; the other fields are those of one batch.
-
-    Attributes:
-        walk: The walk.
-        batch: Number of the batch.
-        groups: The groups that batches have reached in this pass, by their first linear.
-        counted: Names of the experts modules that batches have reached first in this pass.
-        pending: The linears that are not pruned yet, by name.
-        leader: The first of these that the batch has reached; None before it reaches one.
-        input: The input of `leader`.
-        called: Names of all linears that the batch has reached.
-    """
-
-    walk: BlockWalk
-    batch: int
-    groups: dict[str, _Group]
-    counted: set[str]
-    pending: Mapping[str, Linear]
-    leader: str | None = None
-    input: torch.Tensor | None = None
-    called: set[str] = field(default_factory=set)
-
-    def on_input(self, linear: Linear, x: torch.Tensor) -> None:
-        """Add the first input to its group's statistics; stop at the first input that differs."""
-        if linear.name in self.called:
-            raise called_again(linear.name)
-        self.called.add(linear.name)
-        if linear.name not in self.pending:
-            return
-        if self.leader is None:
-            self.leader, self.input = linear.name, x
-            if linear.name not in self.groups:
-                self.groups[linear.name] = _Group(self.walk.new_statistics(linear), [linear.name])
-            group = self.groups[linear.name]
-            self.walk.accumulate(group.statistics, linear, self.batch, x)
-            return
-        if x is not self.input:
-            raise StopForward
-        members = self.groups[self.leader].members
-        if linear.name not in members:
-            members.append(linear.name)
-
-    def on_routing(self, counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
-        """Count the tokens of experts that no linear comes before; such experts are a group."""
-        if self.leader is None:
-            counter.count(self.batch, chosen_TK)
-            self.counted.add(counter.name)
-        raise StopForward
+    members: dict[str, None]  #: names of the linears, in the order in which batches reached them
 
 
 def replay(walk: BlockWalk) -> list[Linear]:
@@ -474,17 +420,12 @@ def replay(walk: BlockWalk) -> list[Linear]:
     names = walk.execution_order()
     while pending:
         groups: dict[str, _Group] = {}
-        counted: set[str] = set()
-        for batch in range(walk.count):
-            observer = _FirstGroup(walk, batch, groups, counted, pending)
-            hooks = input_hooks(
-                walk.linears, observer.on_input, list(uncounted.values()), observer.on_routing
-            )
-            with hooks, contextlib.suppress(StopForward):
-                walk.forward(batch)
+        reached = [
+            _measure_group(walk, batch, pending, uncounted, groups) for batch in range(walk.count)
+        ]
         # Batches may have reached different groups (experts). All ranks take the first one; the
         # others are measured again in a later pass, with its linears pruned.
-        position = min((names.index(name) for name in (*groups, *counted)), default=len(names))
+        position = min((names.index(name) for name in reached if name), default=len(names))
         first = min(other for (other,) in ranks().gather_ints([position]))
         if first == len(names):
             break
@@ -492,7 +433,7 @@ def replay(walk: BlockWalk) -> list[Linear]:
         if leader in uncounted:
             uncounted.pop(leader).complete()
             continue
-        group = groups.get(leader) or _Group(walk.new_statistics(pending[leader]), [])
+        group = groups.get(leader) or _Group(walk.new_statistics(pending[leader]), {})
         group.statistics.complete()
         # Members in the order of the first rank that reached the group. Every rank sends a row of
         # the same length; -1 fills it up.
@@ -505,11 +446,71 @@ def replay(walk: BlockWalk) -> list[Linear]:
         counter.reset()
     for batch in range(walk.count):
         # Nothing is measured any more, but a last linear may be called again.
-        observer = _FirstGroup(walk, batch, {}, set(), pending={})
-        with input_hooks(walk.linears, observer.on_input):
+        with input_hooks(walk.linears, partial(_call_once, set())):
             output = walk.forward(batch)
         walk.finish(batch, output)
     return list(pending.values())
+
+
+def _measure_group(
+    walk: BlockWalk,
+    batch: int,
+    pending: Mapping[str, Linear],
+    uncounted: Mapping[str, ExpertCounter],
+    groups: dict[str, _Group],
+) -> str | None:
+    """Run a batch up to its next group and through it, and measure the input of the group.
+
+    Experts that no linear of a group comes before are where the batch stops, too: their tokens are
+    counted.
+
+    Args:
+        walk: The walk.
+        batch: Number of the batch.
+        pending: The linears that are not pruned yet, by name.
+        uncounted: The experts modules whose tokens are not counted yet, by name.
+        groups: The groups that batches have reached in this pass, by their first linear. That of
+            this batch is added.
+
+    Returns:
+        The first linear of the group, or the experts module; None if the batch reaches neither.
+    """
+    called = set[str]()
+    reached: str | None = None
+    shared: torch.Tensor | None = None
+
+    def on_input(linear: Linear, x: torch.Tensor) -> None:
+        nonlocal reached, shared
+        _call_once(called, linear, x)
+        if linear.name not in pending:
+            return
+        if reached is None:
+            reached, shared = linear.name, x
+            if reached not in groups:
+                groups[reached] = _Group(walk.new_statistics(linear), {})
+            walk.accumulate(groups[reached].statistics, linear, batch, x)
+        if x is not shared:
+            raise StopForward
+        groups[reached].members[linear.name] = None
+
+    def on_routing(counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
+        nonlocal reached
+        if reached is None:
+            reached = counter.name
+            counter.count(batch, chosen_TK)
+        raise StopForward
+
+    hooks = input_hooks(walk.linears, on_input, list(uncounted.values()), on_routing)
+    with hooks, contextlib.suppress(StopForward):
+        walk.forward(batch)
+    return reached
+
+
+def _call_once(called: set[str], linear: Linear, x: torch.Tensor) -> None:
+    """Note that a batch has called a linear, which it may do once."""
+    if linear.name in called:
+        raise called_again(linear.name)
+    called.add(linear.name)
 
 
 # --- two passes ---

@@ -145,20 +145,25 @@ class Weight(NamedTuple):
     coded: Callable[[dict[str, Tensor]], Coded]
     transposed: bool = False
 
-    def read(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool, first: bool = False
-    ) -> Tensor:
-        """The dense weight, or the first matrix of one with three axes, in memory of its own."""
-        read = checkpoint.first if first else checkpoint.whole
-        parts = {role: read(name) for role, name in self.parts.items()}
-        dense = torch.empty(self.shape[first:], dtype=dtype, pin_memory=pinned)
+    def read(self, checkpoint: Checkpoint, dtype: torch.dtype, pinned: bool) -> Tensor:
+        """The dense weight, in memory of its own."""
+        parts = {role: checkpoint.whole(name) for role, name in self.parts.items()}
+        dense = torch.empty(self.shape, dtype=dtype, pin_memory=pinned)
         if dense.dim() == 2:
-            self.coded(parts).write(dense.T if self.transposed else dense)
-        for index, matrix in enumerate(dense if dense.dim() == 3 else ()):
-            self.coded({role: tensor[index] for role, tensor in parts.items()}).write(
-                matrix.T if self.transposed else matrix
-            )
+            return self._expand(parts, dense)
+        for index, matrix in enumerate(dense):
+            self._expand({role: tensor[index] for role, tensor in parts.items()}, matrix)
         return dense
+
+    def read_first_matrix(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+        """The first matrix of a dense weight with three axes; no part is read whole."""
+        parts = {role: checkpoint.first_matrix(name) for role, name in self.parts.items()}
+        return self._expand(parts, torch.empty(self.shape[1:], dtype=dtype))
+
+    def _expand(self, parts: dict[str, Tensor], matrix: Tensor) -> Tensor:
+        """Write one dense matrix, and return it."""
+        self.coded(parts).write(matrix.T if self.transposed else matrix)
+        return matrix
 
 
 class Stored:
@@ -548,6 +553,10 @@ def _unread(where: Path | str, method: str, what: str) -> str:
 class DenseCheckpoint(Checkpoint):
     """The safetensors files of a folder in few bits, as a dense checkpoint.
 
+    Folder, files and fingerprint are those of the stored checkpoint. `tensors` has the dense
+    weights in place of their parts, and what reads a tensor reads a dense one: the four methods
+    below. Every other method of `Checkpoint` calls these, or tells of files.
+
     Args:
         stored: The files.
         described: The entry quantization_config of config.json.
@@ -563,7 +572,7 @@ class DenseCheckpoint(Checkpoint):
         if (method := method_of(described)) not in METHODS:
             raise ValueError(_unread(stored.folder, method, method))
         check_fields(stored.folder, described)
-        vars(self).update(vars(stored))
+        vars(self).update(vars(stored))  # in place of the constructor, which opens files
         self._stored, self._dtype = stored, dtype
         self._weights = {weight.name: weight for weight in _weights(stored, described)}
         if not self._weights:
@@ -597,12 +606,11 @@ class DenseCheckpoint(Checkpoint):
         size = self._dtype.itemsize
         return iter(self.whole(name).flatten()[begin // size :].split(most // size))
 
-    def first(self, name: str) -> Tensor:
-        """The first part of a dense tensor; see `Checkpoint.first`."""
-        weight = self._weights.get(name)
-        return (
-            weight.read(self._stored, self._dtype, False, True) if weight else super().first(name)
-        )
+    def first_matrix(self, name: str) -> Tensor:
+        """The first matrix of a dense tensor; see `Checkpoint.first_matrix`."""
+        if name not in self._weights:
+            return self._stored.first_matrix(name)
+        return self._weights[name].read_first_matrix(self._stored, self._dtype)
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of all parts of a tensor."""

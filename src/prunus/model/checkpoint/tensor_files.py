@@ -243,8 +243,8 @@ class Checkpoint:
         """One tensor, as `read` yields it."""
         return next(tensor for _, tensor in self.read([name]))
 
-    def first(self, name: str) -> torch.Tensor:
-        """The first part of a tensor along its first axis, such as one of many experts."""
+    def first_matrix(self, name: str) -> torch.Tensor:
+        """The first matrix of a tensor of three axes, such as one of many experts."""
         info = self.tensors[name]
         return next(self.pieces(name, info.nbytes // info.shape[0])).view(info.shape[1:])
 
