@@ -115,7 +115,7 @@ class Compression(LinearCommand[CompressionRecord]):
 
     def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
         """The types as well; see `LinearCommand.trial`."""
-        return try_types(plan, windows)
+        return try_types(plan, windows, self.recipe.tune)
 
     def rounding(self, run: Run[LinearPlan, CompressionRecord]) -> Rounding:
         """The types of least loss."""

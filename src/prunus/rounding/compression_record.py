@@ -86,11 +86,11 @@ class TuningRecord(RecordPart):
         before = self.evaluations[0].held_out_loss
         if not self.helps:
             return (
-                f"Training scales and norms on {self.tokens:,} tokens did not lower the divergence "
+                f"Training scales on {self.tokens:,} tokens did not lower the divergence "
                 f"of {before:.4f} on held-out windows, so the weights stay as they were rounded."
             )
         return (
-            f"Scales and norms were trained on {self.tokens:,} tokens: the divergence from the "
+            f"Scales were trained on {self.tokens:,} tokens: the divergence from the "
             f"dense model on held-out windows fell from {before:.4f} to {self.stored_loss:.4f}."
         )
 
