@@ -42,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.import_checkpoint import import_gguf
-from prunus.formats.gguf.template import layout_by, open_template, placements_in
+from prunus.formats.gguf.template import Template
 from prunus.model.checkpoint.files import write_text
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -143,10 +143,8 @@ def restored(folder: Path, template: Path, written: Path, out: Path) -> None:
     source = CheckpointSource(OpenFolder(folder))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
-    full, file = open_template(template, folder), GgufFile.open(written)
-    placements = placements_in(full, template, source, skeleton)
-    weights: dict[str, torch.Tensor] = {}
-    for tensor in layout_by(full, placements, source, skeleton).tensors:
+    file, weights = GgufFile.open(written), dict[str, torch.Tensor]()
+    for tensor in Template(template, source, skeleton).tensors:
         if not tensor.sources:
             continue
         parts = [weights.get(x, source.weight(x)).float() for x in tensor.sources]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,15 +231,11 @@ def measured(
     if not size_plan.measures_loss:
         return size_plan.lasting
     sensitivities = _sensitivities(plan, session, ids, digests)
-    what = "rounding some rows of each weight to every type"
-    count = session.preparing(what, len(size_plan.weights), plan.device)
-    losses: dict[str, Tensor] = {}
-    importances: dict[str, Tensor] = {}
-    for first, lost, of_modules in _measured_types(plan, sensitivities, size_plan.weights):
-        losses[first] = lost
-        importances |= of_modules
-        count(1)
-    return replace(size_plan.lasting, losses=losses, importances=importances)
+    count = session.preparing(
+        "rounding some rows of each weight to every type", len(size_plan.weights), plan.device
+    )
+    found = _measured_types(plan, sensitivities, size_plan.weights, lambda _: count(1))
+    return replace(size_plan.lasting, losses=found.losses, importances=found.importances)
 
 
 def _sensitivities(
@@ -261,18 +257,18 @@ def _measured_types(
     plan: LinearPlan,
     sensitivities: Mapping[str, LinearSensitivity],
     weights: Mapping[str, TypedWeight],
-) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """Measure the types of each weight, and yield it when it is done.
+    done: Callable[[str], None],
+) -> Measurement:
+    """What each type of some weights adds to the loss, and the importances; see `measured`.
 
     Args:
         plan: The run.
         sensitivities: What `_sensitivities` returned.
         weights: First module of each weight -> the weight.
-
-    Yields:
-        The first module of a weight, what each type adds to the loss, and the importances of the
-        modules that need them; see `measured`.
+        done: Called with the first module of each weight once that is measured.
     """
+    losses: dict[str, Tensor] = {}
+    importances: dict[str, Tensor] = {}
     corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
     modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
@@ -282,7 +278,7 @@ def _measured_types(
         # A tied head has another name than the embedding, and the same weight.
         uses.setdefault(id(modules[name].weight), []).append(sensitivity)
     for first, weight in weights.items():
-        names, importances, parts = weight.modules, dict[str, Tensor](), []
+        names, parts = weight.modules, []
         for name in names:
             weight_OI = plan.checkpoint.weight(f"{name}.weight")
             of_name = uses[id(modules[name].weight)]
@@ -298,7 +294,9 @@ def _measured_types(
             ):
                 importance_I += use.importance_I * (use.loss_O.mean() / head.loss_O.mean())
             importances[first] = importance_I
-        yield first, torch.stack(parts).sum(dim=0), importances
+        losses[first] = torch.stack(parts).sum(dim=0)
+        done(first)
+    return Measurement(losses=losses, importances=importances)
 
 
 def type_losses(
@@ -384,17 +382,18 @@ def try_types(plan: LinearPlan, windows: Tensor, tune_tokens: int) -> Trial:
             for name in size_plan.weights
         }
         tried = {name: size_plan.weights[name] for name in dict.fromkeys(stands.values())}
-        losses: dict[str, Tensor] = {}
-        importances: dict[str, Tensor] = {}
-        started = time.perf_counter()
-        for name, lost, of_modules in _measured_types(two_blocks(plan), sensitivities, tried):
-            losses[name] = lost
-            importances |= of_modules
-            done = time.perf_counter()
+        started, ends = time.perf_counter(), dict[str, float]()
+        found = _measured_types(
+            two_blocks(plan),
+            sensitivities,
+            tried,
+            lambda name: ends.update({name: time.perf_counter()}),
+        )
+        for name, end in ends.items():
             times = len(plan.skeleton) / 2 if name.startswith(path) else 1
-            seconds, started = seconds + times * (done - started), done
-        losses = {name: losses[other] for name, other in stands.items()}
-        measurement = replace(measurement, losses=losses, importances=importances)
+            seconds, started = seconds + times * (end - started), end
+        losses = {name: found.losses[other] for name, other in stands.items()}
+        measurement = replace(measurement, losses=losses, importances=found.importances)
     choice = size_plan.choose(measurement)
 
     def after(changer: BlockChanger, batches: list[Tensor]) -> float:

@@ -169,8 +169,9 @@ def measured_curves(
     plan: LinearPlan, session: Session, ids: Tensor, digests: dict[str, str]
 ) -> dict[str, LinearSensitivity]:
     """Full name -> the curve of the loss of each linear; the arguments are as of `measure_loss`."""
-    damping = plan.work.options.damping
-    aim = LossMeasurement(plan.selected, damping, plan.recipe.seed, feedback=False)
+    aim = LossMeasurement(
+        plan.selected, plan.work.options.damping, plan.recipe.seed, feedback=False
+    )
     return measure_loss(plan, session, ids, digests, aim)
 
 

@@ -133,8 +133,7 @@ class Pruning(LinearCommand[Manifest]):
         """What the allocation measures."""
         if plan.recipe.measures != "loss":
             return Trial()
-        seconds, _ = try_measurement(plan, windows, measured_curves)
-        return Trial(seconds)
+        return Trial(try_measurement(plan, windows, measured_curves)[0])
 
     def storage(self, opened: OpenModel, selection: LinearSelection) -> PlainTensors:
         """Plain tensors."""

@@ -84,8 +84,13 @@ class PlanRequest:
         name = embedding.name if embedding is not None else ""
         return {name: [*keys.values()]} if keys.get(name, "").endswith(".weight") else {}
 
-    def head_among(self, names: Collection[str]) -> str | None:
-        """The one of these modules that has the weight of the output head; None for none.
+    def limited(self, keeps: Callable[[str], bool]) -> PlanRequest:
+        """The same without the linears for whose full name `keeps` is False."""
+        return replace(self, selection=self.selection.limited(self.skeleton, keeps))
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """The one of `outside` that has the weight of the output head; None for none.
 
         It is the embedding where both are tied.
         """
@@ -93,7 +98,7 @@ class PlanRequest:
         modules, head = dict(model.named_modules()), model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return None
-        return next((name for name in names if modules[name].weight is head.weight), None)
+        return next((name for name in self.outside if modules[name].weight is head.weight), None)
 
     def scale_dtype(self, name: str) -> torch.dtype:
         """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
@@ -333,7 +338,7 @@ class SizePlan(Storage):
     @functools.cached_property
     def head(self) -> str | None:
         """The module that has the weight of the output head, if that weight has a type."""
-        return self.request.head_among(self.weights)
+        return self.request.head if self.request.head in self.weights else None
 
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
@@ -513,23 +518,22 @@ def compressible(request: PlanRequest, takes_pieces: bool) -> PlanRequest:
     Raises:
         NotImplementedError: No linear is left.
     """
-    source, skeleton = request.source, request.skeleton
-    modules, stored = dict(skeleton.model.named_modules()), dict(source.stored)
+    source = request.source
+    modules, stored = dict(request.skeleton.model.named_modules()), dict(source.stored)
     if takes_pieces:
         stored |= {name: name for name in source.pieces}
-    selection = request.selection.limited(
-        skeleton,
+    left = request.limited(
         lambda name: (
             stored.get(f"{name}.weight", "").endswith(".weight")
             and type(modules[name]) is nn.Linear
-        ),
+        )
     )
-    if not any(selection.selected):
+    if not left.linears:
         raise NotImplementedError(
             "none of the chosen linears can be stored as integers: they are transposed, "
             "special, or experts in one tensor; such a checkpoint cannot be compressed yet"
         )
-    return replace(request, selection=selection)
+    return left
 
 
 def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:

@@ -15,19 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.engine.linear_plan import LinearSelection
 from prunus.formats.codec import Codec
 from prunus.formats.gguf.audit import FileAudit
-from prunus.formats.gguf.contents import FileContents
+from prunus.formats.gguf.contents import FileContents, contents_for
 from prunus.formats.gguf.file import OWN_LISTS, write_importances
 from prunus.formats.gguf.header import padded
 from prunus.formats.gguf.import_checkpoint import unpack_gguf
-from prunus.formats.gguf.layout import GgufLayout, GgufTensor, layout_of, types_in
-from prunus.formats.gguf.presets import preset_bytes
+from prunus.formats.gguf.layout import GgufTensor, layout_of, types_in
+from prunus.formats.gguf.presets import preset_bytes, size_of
 from prunus.formats.gguf.result import GgufResult, read_record
 from prunus.formats.gguf.speeds import LEAST_SPEED, Q4_K_M_BITS, preset_time, speeds_of
-from prunus.formats.gguf.template import layout_in
-from prunus.formats.gguf.types import TYPES, type_for, type_named, types_for
+from prunus.formats.gguf.template import Template
+from prunus.formats.gguf.types import TYPES, type_for, types_for
 from prunus.model.checkpoint.files import (
     check_file_place,
     has_content,
@@ -39,6 +38,7 @@ from prunus.rounding.cards import CardWords
 from prunus.rounding.compression_record import CompressionRecord
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.lattice import lossless_type
+from prunus.rounding.llama_cpp import check_type
 from prunus.rounding.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
 from prunus.rounding.size_plan import (
     PlanRequest,
@@ -51,7 +51,7 @@ from prunus.rounding.type_choice import Measurement, TypeChoice
 from prunus.words import in_bytes
 
 # Bits of embeddings and head -> their type.
-_HEAD_TYPES: dict[int | str, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
+_HEAD_TYPES: dict[int | str | None, str] = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 
 
 class GgufCodec(Codec):
@@ -85,28 +85,35 @@ class GgufCodec(Codec):
                 several types, or the types do not reach the bits or the size.
             NotImplementedError: The family has no known layout.
         """
-        recipe, speeds = request.recipe, speeds_of(request.recipe.fast_on or "cpu")
+        recipe, source, skeleton = request.recipe, request.source, request.skeleton
+        speeds = speeds_of(recipe.fast_on or "cpu")
         if recipe.type is not None:
-            type_named(recipe.type)  # before a template is read, which takes long
-        layout, lasting = _layout(request)
-        request = replace(request, selection=_selection(request, layout))
-        # What the weights may have ...
-        possible = _weights(request, layout, _given_types(request, layout))
-        size = _size_of(recipe.size, layout) if isinstance(recipe.size, str) else recipe.size
-        contents = _contents(layout, len(request.linears), possible, size)
-        others = _other_bytes(contents, possible)
+            check_type(recipe.type)  # before a template is read, which takes long
+        # The tensors of the file ...
+        if recipe.template is None:
+            layout, lasting = layout_of(source, skeleton), Measurement()
+        else:
+            template = Template(recipe.template, source, skeleton, request.earlier.placements)
+            layout, lasting = template.layout, template.lasting
+        modules = {name for tensor in layout.tensors for name in tensor.modules}
+        request = request.limited(modules.__contains__)  # a template may lack some
+        # ... the types that each may have ...
+        types: dict[str, str | None] = dict.fromkeys(request.linears, recipe.type)
+        # Without a choice by losses, the head has the type of llama.cpp's own files.
+        usual_of_head = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
+        of_head = _HEAD_TYPES.get(recipe.head_bits, usual_of_head)
+        types |= dict.fromkeys(request.outside, of_head)
+        if recipe.types_from is not None:
+            needed = types.keys() if recipe.head_bits is None else request.linears.keys()
+            types |= types_in(recipe.types_from, source.checkpoint.folder, layout.tensors, needed)
+        possible = _weights(request, layout.tensors, types)
+        # ... and the bytes that are left for those with types.
+        size = size_of(recipe.size, layout) if isinstance(recipe.size, str) else recipe.size
+        contents, others = contents_for(layout, len(request.linears), possible, size)
         budget = budget_of(possible, others, size, recipe.bits)
-        # ... and what is chosen from.
         weights = _without_reserve(possible, budget)
-        words = CardWords(
-            "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight in "
-            "its linears.",
-            cls.PROGRAMS,
-            ["gguf"],
-            fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
-        )
         plan = GgufPlan(
-            source=request.source,
+            source=source,
             selection=request.selection,
             request=request,
             weights=weights,
@@ -116,7 +123,13 @@ class GgufCodec(Codec):
             # same bytes. A type that is given needs no measurement, unless scales do.
             measures_loss=recipe.rounding == "nearest" or recipe.type is None,
             copies=2,  # the file is put together from shards that are as large
-            words=words,
+            words=CardWords(
+                "as a GGUF file for llama.cpp, Ollama and LM Studio, with {bits} bits per weight "
+                "in its linears.",
+                cls.PROGRAMS,
+                ["gguf"],
+                fields={"library_name": "gguf", "pipeline_tag": "text-generation"},
+            ),
             configure=None,
             lasting=lasting,
             contents=contents,
@@ -139,117 +152,76 @@ class GgufCodec(Codec):
         return GroupedWeight(quantizer, tensors.pop(key)).dense()
 
 
-def _layout(request: PlanRequest) -> tuple[GgufLayout, Measurement]:
-    """The layout of the file, and what a template adds to the measurement."""
-    template, source, skeleton = request.recipe.template, request.source, request.skeleton
-    if template is None:
-        return layout_of(source, skeleton), Measurement()
-    return layout_in(template, source, skeleton, request.earlier)
-
-
-def _selection(request: PlanRequest, layout: GgufLayout) -> LinearSelection:
-    """The linears that can have a type: a template may lack some.
-
-    Raises:
-        ValueError: `ignore` matches some experts of a block, and not all.
-    """
-    linears = request.linears
-    for names in (tensor.modules for tensor in layout.tensors):
-        if len({name in linears for name in names}) > 1:
-            raise ValueError(
-                f"a GGUF file has one type for {names[0]} and all other experts of its block, "
-                "and `ignore` matches some of them: let it match all or none"
-            )
-    modules = {name for tensor in layout.tensors for name in tensor.modules}
-    return request.selection.limited(request.skeleton, modules.__contains__)
-
-
-def _given_types(request: PlanRequest, layout: GgufLayout) -> dict[str, str | None]:
-    """Module that has a type -> the name of the type; None if its loss chooses it."""
-    recipe, linears = request.recipe, request.linears
-    # Without a choice by losses, the head has the type of llama.cpp's own files.
-    of_head: str | None = recipe.type and ("Q8_0" if recipe.type == "Q8_0" else "Q6_K")
-    if recipe.head_bits is not None:
-        of_head = _HEAD_TYPES.get(recipe.head_bits)
-    types: dict[str, str | None] = dict.fromkeys(linears, recipe.type)
-    types |= dict.fromkeys(request.outside, of_head)
-    if recipe.types_from is None:
-        return types
-    needed = types.keys() if recipe.head_bits is None else linears.keys()
-    return types | types_in(
-        recipe.types_from, request.source.checkpoint.folder, layout.tensors, needed
-    )
-
-
 def _weights(
-    request: PlanRequest, layout: GgufLayout, types: Mapping[str, str | None]
+    request: PlanRequest, tensors: Sequence[GgufTensor], types: Mapping[str, str | None]
 ) -> dict[str, TypedWeight]:
     """First module of each weight that has a type -> its types: all that fit, or a given one.
 
     Args:
         request: What is planned for.
-        layout: The tensors of the file.
-        types: What `_given_types` returned.
+        tensors: The tensors of the file.
+        types: Module that has a type -> the name of the type; None if its loss chooses it.
+
+    Raises:
+        ValueError: `ignore` matches some experts of a block, and not all.
     """
     # Tensors that are parts of one weight have one type, as the rows of a 3D one have.
     parts = defaultdict[str, list[GgufTensor]](list)
-    for tensor in layout.tensors:
+    for tensor in tensors:
+        if len({name in request.linears for name in tensor.modules}) > 1:
+            raise ValueError(
+                f"a GGUF file has one type for {tensor.module} and all other experts of its "
+                "block, and `ignore` matches some of them: let it match all or none"
+            )
         if tensor.module in types:
             parts[tensor.module].append(tensor)
-    head, config = request.head_among(parts), request.source.config.get_text_config()
+    used = getattr(request.source.config.get_text_config(), "num_experts_per_tok", None)
     weights = {}
-    for name, tensors in parts.items():
-        tensor, given = tensors[-1], types[name]
-        columns, order = tensor.shape[-1], tensor.columns
-        every = [replace(x, columns=order) if order else x for x in TYPES.values()]
-        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
-        usual = (
-            types_for(columns, with_reserve=request.recipe.fast_on is None)
-            if given is None
-            else [type_for(given, columns)]
-        )
-        names = {x.name for x in usual}
-        # A type whose values the weight has already may be one that others are chosen before.
-        of_choice = [x for x in every if given is None or x.name in names]
-        lossless = lossless_type(request.sample(name), of_choice)
-        kinds = [x for x in every if x.name in names or x is lossless]
-        counts = [math.prod(x.shape) for x in tensors]
-        used = getattr(config, "num_experts_per_tok", None) if len(tensor.shape) > 2 else None
-        share = used / tensor.shape[0] if used else 1.0
-        if name in request.outside and name != head:
+    for name, several in parts.items():
+        shape = several[-1].shape
+        # Of the numbers of a weight, the share that is multiplied for each token.
+        share = used / shape[0] if used and len(shape) > 2 else 1.0
+        if name in request.outside and name != request.head:
             share = 0.0  # an embedding looks up one row
-        weights[name] = TypedWeight(
-            tensor.modules,
-            (sum(counts) // columns, columns),
-            kinds,
-            [sum(padded(kind.nbytes_of(count)) for count in counts) for kind in kinds],
-            sum(counts) * share,
-            lossless,
+        # Types in reserve decode slowly, so a choice of types that decode fast does without them.
+        weights[name] = _weight(
+            several, request.sample(name), types[name], request.recipe.fast_on is None, share
         )
     return weights
 
 
-def _contents(
-    layout: GgufLayout, linears: int, weights: Mapping[str, TypedWeight], size: int | None
-) -> FileContents:
-    """What the file holds: without a record if only so it has room for weights that lose nothing.
+def _weight(
+    tensors: Sequence[GgufTensor],
+    rows_OI: torch.Tensor,
+    given: str | None,
+    with_reserve: bool,
+    share: float,
+) -> TypedWeight:
+    """A weight with its types.
 
     Args:
-        layout: The tensors of the file.
-        linears: How many linears a record describes.
-        weights: What `_weights` returned.
-        size: The most bytes of the file; None if its bits or its types say how large it is.
+        tensors: The tensors of the file that have it or a part of it.
+        rows_OI: Some of its rows.
+        given: The name of its type; None for all that fit.
+        with_reserve: See `types_for`.
+        share: The share of its numbers that is multiplied for each token.
     """
-    whole, bare = FileContents(layout, linears), FileContents(layout, None)
-    exact = sum(weight.least_lossless for weight in weights.values())
-    least, most = (_other_bytes(contents, weights) + exact for contents in (bare, whole))
-    return bare if size is not None and least <= size < most else whole
-
-
-def _other_bytes(contents: FileContents, weights: Mapping[str, TypedWeight]) -> int:
-    """The bytes of all that has no type, whatever the types are."""
-    types = {name: weight.quantizers[0].name for name, weight in weights.items()}
-    return contents.file_bytes(types) - sum(weight.nbytes[0] for weight in weights.values())
+    columns, order = tensors[-1].shape[-1], tensors[-1].columns
+    every = [replace(x, columns=order) if order else x for x in TYPES.values()]
+    usual = types_for(columns, with_reserve) if given is None else [type_for(given, columns)]
+    names = {x.name for x in usual}
+    # A type whose values the weight has already may be one that others are chosen before.
+    lossless = lossless_type(rows_OI, [x for x in every if given is None or x.name in names])
+    kinds = [x for x in every if x.name in names or x is lossless]
+    counts = [math.prod(x.shape) for x in tensors]
+    return TypedWeight(
+        tensors[-1].modules,
+        (sum(counts) // columns, columns),
+        kinds,
+        [sum(padded(kind.nbytes_of(count)) for count in counts) for kind in kinds],
+        sum(counts) * share,
+        lossless,
+    )
 
 
 def _without_reserve(weights: Mapping[str, TypedWeight], budget: int) -> Mapping[str, TypedWeight]:
@@ -267,21 +239,6 @@ def _without_reserve(weights: Mapping[str, TypedWeight], budget: int) -> Mapping
         kinds, nbytes = zip(*sizes, strict=True) if sizes else (weight.quantizers, weight.nbytes)
         usual[name] = replace(weight, quantizers=kinds, nbytes=nbytes)
     return usual if sum(min(x.nbytes) for x in usual.values()) <= budget else weights
-
-
-def _size_of(preset: str, layout: GgufLayout) -> int:
-    """The bytes of llama-quantize's file of a preset.
-
-    Raises:
-        ValueError: llama-quantize has other rules for models of this kind.
-    """
-    sizes = preset_bytes(layout)
-    if preset not in sizes:
-        raise ValueError(
-            f"what {preset} takes is not known for models of this kind: give `size` in bytes, such "
-            "as 900MB"
-        )
-    return sizes[preset]
 
 
 @dataclass(frozen=True, kw_only=True)

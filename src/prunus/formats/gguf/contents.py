@@ -19,6 +19,7 @@ from prunus.formats.gguf.layout import GgufLayout, GgufTensor
 from prunus.formats.gguf.types import FILE_TYPES, PLAIN, TYPES
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.source import CheckpointSource
+from prunus.rounding.size_plan import TypedWeight
 
 # The record in the file is filled up with spaces, so that the size of the file is known before the
 # run. It gets this many bytes ...
@@ -113,6 +114,29 @@ class FileContents:
     def _header_bytes(self) -> int:
         # The types do not change the size of the header.
         return len(header_of(self.fields({}), self.tensors({}, lambda _: torch.zeros(0))))
+
+
+def contents_for(
+    layout: GgufLayout, linears: int, weights: Mapping[str, TypedWeight], size: int | None
+) -> tuple[FileContents, int]:
+    """What a file holds, and the bytes of all that has no type, whatever the types are.
+
+    It has no record if only so it has room for weights that lose nothing.
+
+    Args:
+        layout: The tensors of the file.
+        linears: How many linears a record describes.
+        weights: First module of each weight that has a type -> its types.
+        size: The most bytes of the file; None if its bits or its types say how large it is.
+    """
+    types = {name: weight.quantizers[0].name for name, weight in weights.items()}
+    typed = sum(weight.nbytes[0] for weight in weights.values())
+    exact = sum(weight.least_lossless for weight in weights.values())
+    whole, bare = FileContents(layout, linears), FileContents(layout, None)
+    others, least = (x.file_bytes(types) - typed for x in (whole, bare))
+    if size is not None and least + exact <= size < others + exact:
+        return bare, least
+    return whole, others
 
 
 def bytes_of(

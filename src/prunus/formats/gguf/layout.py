@@ -1,7 +1,7 @@
 """What a GGUF file of a checkpoint holds: its fields, and which tensors under which names.
 
 A layout has two makers. `layout_of` knows the families that are listed here; for them the file is
-what llama.cpp's own converter writes. `template.layout_in` takes the layout from a file of any
+what llama.cpp's own converter writes. `template.Template` takes the layout from a file of any
 family.
 
 llama.cpp stores the weights of a model as they are, with three exceptions. Llama's queries and keys
@@ -267,11 +267,7 @@ def types_in(
             the tensor.
     """
     if path.suffix == ".gguf":
-        file = open_gguf(path)
-        ours = {tensor.name: tensor.shape for tensor in tensors}
-        # A head that is tied to the embedding is not stored again.
-        names = file.tensors.keys() - ({"output.weight"} - ours.keys())
-        check_same(path, folder, file, ours, {name: file.shape(name) for name in names})
+        file = open_same(path, folder, {tensor.name: tensor.shape for tensor in tensors})
         types = {name: tensor.tensor_type.name for name, tensor in file.tensors.items()}
     else:
         entries = [x.rpartition("=") for x in read_limited(path).decode(errors="replace").split()]
@@ -322,34 +318,31 @@ def vocabulary_of(folder: Path) -> tuple[dict[int, str], int]:
     return {index: token for token, index in vocabulary.items()}, ids
 
 
-def check_same(
-    path: Path,
-    folder: Path,
-    file: GgufFile,
-    ours: Mapping[str, object],
-    theirs: Mapping[str, object],
-) -> None:
-    """Compare the tokens of a file with those of the tokenizer of a checkpoint, and other things.
+def open_same(
+    path: Path, folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> GgufFile:
+    """Open a GGUF file of the model of a checkpoint.
 
     Args:
-        path: Where the file is.
-        folder: The checkpoint. One without tokenizer.json is not compared.
-        file: The file.
-        ours: Other things of the checkpoint by name.
-        theirs: The same of the file.
+        path: The file.
+        folder: The checkpoint, whose tokens the file must have. One without tokenizer.json is not
+            compared.
+        shapes: Name -> shape of all tensors that the file must have; None for any tensors.
 
     Raises:
-        ValueError: They differ; names the first.
+        FileNotFoundError, ValueError: As `open_gguf`, or the file is of another model; names the
+            first difference.
     """
-    vocabulary_by_id, _ = vocabulary_of(folder)
+    file, (vocabulary_by_id, _) = open_gguf(path), vocabulary_of(folder)
+    ours, theirs = dict[str, object](shapes or {}), dict[str, object]()
+    if shapes is not None:
+        # A head that is tied to the embedding is not stored again.
+        not_again = {"output.weight"} - shapes.keys()
+        theirs |= {name: file.shape(name) for name in file.tensors.keys() - not_again}
     tokens, kinds = (file.get(f"tokenizer.ggml.{x}", []) for x in ("tokens", "token_type"))
-    normal = {
-        index: token
-        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == NORMAL and index in vocabulary_by_id
-    }
-    ours = {**ours, **{f"token {index}": vocabulary_by_id[index] for index in normal}}
-    theirs = {**theirs, **{f"token {index}": token for index, token in normal.items()}}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind == NORMAL and index in vocabulary_by_id:
+            ours[f"token {index}"], theirs[f"token {index}"] = vocabulary_by_id[index], token
     if tokens and "token_embd.weight" in file.tensors:  # llama.cpp reads no other
         ours["the number of tokens"] = file.shape("token_embd.weight")[0]
         theirs["the number of tokens"] = len(tokens)
@@ -359,6 +352,7 @@ def check_same(
                 f"{path} is not a file of this model: {name} is {ours.get(name)} in the model and "
                 f"{theirs.get(name)} there. Give what llama.cpp's converter makes of the model"
             )
+    return file
 
 
 # --- fields, as llama.cpp's converter writes them ---

@@ -49,14 +49,6 @@ _JOINED = 24
 _CHANGES = (lambda x: x, lambda x: x + 1, lambda x: -x.exp())
 
 
-def matrices_of(file: GgufFile) -> list[str]:
-    """The names of the tensors of a file that have rows and columns, block after block."""
-    return sorted(
-        [name for name, x in file.tensors.items() if sum(side > 1 for side in x.shape) > 1],
-        key=block_of,
-    )
-
-
 def weight_shapes(source: CheckpointSource, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a checkpoint; what the model lacks has its stored name."""
     shapes = {name: tuple(x.shape) for name, x in skeleton.model.state_dict().items()}
@@ -70,7 +62,7 @@ def placements_in(
     """Where the tensors of a file are in a checkpoint, and what has no counterpart.
 
     Args:
-        file: What `open_template` returned for `path`.
+        file: `Template.file` of `path`.
         path: Its name, for messages.
         source: The checkpoint.
         skeleton: Its model.
@@ -86,7 +78,12 @@ def placements_in(
         ValueError: The file lacks a weight, has one in another place, or less than 95 % of the
             weights of its matrices are in the checkpoint; names them.
     """
-    matrices, weights = matrices_of(file), _Weights(source, skeleton)
+    weights = _Weights(source, skeleton)
+    # What has rows and columns, block after block.
+    matrices = sorted(
+        [name for name, x in file.tensors.items() if sum(side > 1 for side in x.shape) > 1],
+        key=block_of,
+    )
     dtype = compared_dtype(file)
     by_row = _Lookup(weights.matrices(), dtype)
     placements = dict[str, Tensor]()

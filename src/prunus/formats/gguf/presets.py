@@ -126,6 +126,21 @@ def preset_bytes(layout: GgufLayout) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda size: size[1]))
 
 
+def size_of(preset: str, layout: GgufLayout) -> int:
+    """The bytes of llama-quantize's file of one preset; the arguments are as of `preset_bytes`.
+
+    Raises:
+        ValueError: llama-quantize has other rules for models of this kind.
+    """
+    sizes = preset_bytes(layout)
+    if preset not in sizes:
+        raise ValueError(
+            f"what {preset} takes is not known for models of this kind: give `size` in bytes, such "
+            "as 900MB"
+        )
+    return sizes[preset]
+
+
 def _types(preset: str, layout: GgufLayout) -> Iterator[tuple[GgufTensor, str]]:
     """Each matrix of a file with the type that the preset gives to it."""
     matrices = [x for x in layout.tensors if x.is_matrix and x.name.endswith("weight")]

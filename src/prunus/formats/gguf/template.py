@@ -17,12 +17,13 @@ Shape suffixes: O rows of one matrix, I its columns.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunus.formats.fixed import check_template
-from prunus.formats.gguf.file import GgufFile, open_gguf
+from prunus.formats.gguf.file import GgufFile
 from prunus.formats.gguf.header import GgufField
 from prunus.formats.gguf.layout import (
     ARCHITECTURES,
     GgufLayout,
     GgufTensor,
-    check_same,
     known_parameters,
+    open_same,
 )
 from prunus.formats.gguf.placements import (
     ABSENT,
@@ -70,103 +71,178 @@ _OPTIONAL = (
 _NARROWEST = min(kind.span for kind in TYPES.values())
 
 
-def open_template(path: Path, folder: Path) -> GgufFile:
-    """Open a GGUF file in full precision that has the tokens of the checkpoint in `folder`.
+@dataclass(frozen=True)
+class Template:
+    """A GGUF file in full precision, matched with the checkpoint that it was made of.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, its weights are rounded, or it has another vocabulary.
-    """
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, and a template is a GGUF file: give FILE.gguf, which llama.cpp's "
-            "converter makes of the checkpoint"
-        )
-    file = open_gguf(path)
-    if few := file.types.keys() - PLAIN_DTYPES.keys():
-        raise ValueError(
-            f"{path} has weights in {', '.join(sorted(few))}, and a template is in F32, F16 or "
-            "BF16: give the file that llama.cpp's converter makes of the checkpoint"
-        )
-    check_same(path, folder, file, {}, {})
-    return file
+    All that follows from both is found when it is asked for, and kept.
 
-
-def layout_in(
-    path: Path, source: CheckpointSource, skeleton: Skeleton, earlier: Measurement
-) -> tuple[GgufLayout, Measurement]:
-    """The layout of a file in full precision, and what a resumed run reads instead of matching it.
-
-    Args:
+    Attributes:
         path: The file.
         source: The checkpoint.
         skeleton: Its model.
-        earlier: What an unfinished run has stored; empty for a new one.
-
-    Raises:
-        FileNotFoundError, ValueError: As `open_template` and `placements_in`.
+        earlier: The placements that an unfinished run has stored, of any file; empty for a new run.
     """
-    file = open_template(path, source.checkpoint.folder)
-    config = source.config.get_text_config()
-    uncompared = check_template(path, file.architecture, file.get, config)
-    header = file.data.read(0, file.header.size).tobytes()
-    fingerprint = hashlib.sha256(source.fingerprint.encode() + header).hexdigest()
-    kind = f"{fingerprint}/"
-    placements = _of_kind(earlier.placements, kind) or placements_in(file, path, source, skeleton)
-    lasting = {f"{kind}{name}": placed for name, placed in placements.items()}
-    layout, digest = _with_copies(layout_by(file, placements, source, skeleton), file, path)
-    if uncompared:
-        layout.unmatched["config.json"] = uncompared
-    # The text model of one that sees is known, too.
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
-    if ARCHITECTURES.get(name) == file.architecture:
-        known, tables = known_parameters(file.architecture, config.to_dict())
-        layout.fields.update(_missing(file, path, known, tables))
-    foreign = [x for x in layout.unmatched.get("the template", []) if not x.startswith("rope_")]
-    if foreign:  # other than tables that follow from the configuration
-        warnings.warn(
-            f"{path} has {few_of(foreign)}, which {source.checkpoint.folder} lacks: the result gets"
-            " it as it is",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return layout, Measurement(placements=lasting, copied={digest: torch.zeros(1)})
 
+    path: Path
+    source: CheckpointSource
+    skeleton: Skeleton
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
 
-def _missing(
-    file: GgufFile, path: Path, known: Mapping[str, GgufField], tables: Mapping[str, Tensor]
-) -> dict[str, GgufField]:
-    """The fields that a template lacks, of those that follow from the configuration.
+    @functools.cached_property
+    def file(self) -> GgufFile:
+        """The opened file, which has the tokens of the checkpoint.
 
-    llama.cpp's converter leaves out some, such as which blocks of Gemma 3 have a window.
-
-    Args:
-        file: The template.
-        path: Where it is.
-        known: Fields as they follow from the configuration.
-        tables: Tensors likewise, by which the rotary embedding is scaled.
-
-    Raises:
-        ValueError: The template has one of them with another value; names it.
-    """
-    kind, stated = file.architecture, file.header.fields
-    # `check_template` compares the heads.
-    names = known.keys() - {f"{kind}.attention.head_count"} | {f"{kind}.{x}" for x in _OPTIONAL}
-    theirs = {name: stated[name].value for name in names & stated.keys()}
-    theirs |= {name: file.read(name).tolist() for name in file.tensors if name.startswith("rope_")}
-    ours = {name: known[name].value for name in names & known.keys()}
-    ours |= {name: table.tolist() for name, table in tables.items()}
-    sixths = [index % 6 < 5 for index in range(file.get(f"{kind}.block_count", 0))]
-    for name in sorted(theirs.keys() | tables.keys()):
-        stands, follows = theirs.get(name), ours.get(name)
-        # Without a field, llama.cpp takes these values.
-        same = stands in (0, 1, "none", 6, sixths) if follows is None else _close(stands, follows)
-        if not same:
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, its weights are rounded, or it has another vocabulary.
+        """
+        if self.path.is_dir():
             raise ValueError(
-                f"{path} is not a file of this model: {name} is {str(stands)[:80]} there, and "
-                f"{str(follows)[:80]} by config.json. Give what llama.cpp's converter makes of it"
+                f"{self.path} is a folder, and a template is a GGUF file: give FILE.gguf, which "
+                "llama.cpp's converter makes of the checkpoint"
             )
-    return {name: field for name, field in known.items() if name not in stated}
+        file = open_same(self.path, self.source.checkpoint.folder)
+        if few := file.types.keys() - PLAIN_DTYPES.keys():
+            raise ValueError(
+                f"{self.path} has weights in {', '.join(sorted(few))}, and a template is in F32, "
+                "F16 or BF16: give the file that llama.cpp's converter makes of the checkpoint"
+            )
+        return file
+
+    @functools.cached_property
+    def layout(self) -> GgufLayout:
+        """The layout of a result: the tensors and the fields of the file.
+
+        Fields that llama.cpp's converter leaves out are added. A tensor without a source is read
+        from the file when it is written, which must then hold the same numbers as now.
+
+        Raises:
+            FileNotFoundError, ValueError: As `file` and `placements_in`, or the file has another
+                value of a field that follows from the configuration; names it.
+        """
+        config = self.source.config.get_text_config()
+        uncompared = check_template(self.path, self.file.architecture, self.file.get, config)
+        unmatched = {
+            "the template": sorted(_of_kind(self.placements, FOREIGN)),
+            "the checkpoint": name_patterns(sorted(_of_kind(self.placements, ABSENT))),
+            "config.json": uncompared,
+        }
+        tensors = tuple(
+            replace(x, values=partial(self._unchanged, x.name, self._copies[x.name]))
+            if x.name in self._copies
+            else x
+            for x in self.tensors
+        )
+        fields = self.file.fields() | self._missing_fields(config)
+        # Tables of the rotary embedding follow from the configuration.
+        foreign = [x for x in unmatched["the template"] if not x.startswith("rope_")]
+        if foreign:
+            warnings.warn(
+                f"{self.path} has {few_of(foreign)}, which {self.source.checkpoint.folder} lacks: "
+                "the result gets it as it is",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        return GgufLayout(fields, tensors, {which: x for which, x in unmatched.items() if x})
+
+    @functools.cached_property
+    def lasting(self) -> Measurement:
+        """What a resumed run reads instead of matching the file, and a hash of all copies."""
+        placements = {f"{self._fingerprint}{name}": x for name, x in self.placements.items()}
+        all_copies = hashlib.sha256(b"".join(x.encode() + y for x, y in self._copies.items()))
+        return Measurement(placements=placements, copied={all_copies.hexdigest(): torch.zeros(1)})
+
+    @functools.cached_property
+    def placements(self) -> dict[str, Tensor]:
+        """Where the tensors of the file are in the checkpoint; see `placements_in`."""
+        return _of_kind(self.earlier, self._fingerprint) or placements_in(
+            self.file, self.path, self.source, self.skeleton
+        )
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """What the names of placements of this file and this checkpoint begin with."""
+        header = self.file.data.read(0, self.file.header.size).tobytes()
+        return f"{hashlib.sha256(self.source.fingerprint.encode() + header).hexdigest()}/"
+
+    @functools.cached_property
+    def tensors(self) -> tuple[GgufTensor, ...]:
+        """The tensors of the file, with sources for those that can have a type.
+
+        A tensor can have one if its rows are those of linears of blocks, or of weights outside the
+        blocks, in whole or in parts. Two such tensors have all their sources in common, or none.
+        """
+        shapes = weight_shapes(self.source, self.skeleton)
+        tensors, uses = [], defaultdict[str, set[object]](set)
+        for name, stored in self.file.tensors.items():
+            dtype = PLAIN_DTYPES[stored.tensor_type.name]
+            tensor = GgufTensor(name, self.file.shape(name), dtype)
+            fits = tensor.is_matrix and tensor.shape[-1] % _NARROWEST == 0
+            if fits and name.endswith(".weight") and dtype == compared_dtype(self.file):
+                tensor = _with_sources(tensor, self.placements, shapes)
+            tensors.append(tensor)
+            for source_name in tensor.sources:
+                uses[source_name].add((tensor.sources, tensor.columns))
+        linears = (f"{name}.weight" for name in self.skeleton.all_linears())
+        outside = self.skeleton.outside_parameter_names
+        readable = {name for name in (*linears, *outside) if len(uses[name]) == 1}
+        return tuple(
+            x if readable.issuperset(x.sources) else replace(x, sources=()) for x in tensors
+        )
+
+    @functools.cached_property
+    def _copies(self) -> dict[str, bytes]:
+        """Name of a tensor without a source -> the hash of its numbers."""
+        return {x.name: _digest(self.file.exact(x.name)) for x in self.tensors if not x.sources}
+
+    def _unchanged(self, name: str, digest: bytes) -> Tensor:
+        """The content of a tensor whose hash was `digest` before the run."""
+        values = self.file.exact(name)
+        if _digest(values) != digest:
+            raise ValueError(
+                f"{self.path} was changed since the run began: {name} has other numbers. Put it "
+                "back as it was, and the same command continues"
+            )
+        return values
+
+    def _missing_fields(self, config: Any) -> dict[str, GgufField]:
+        """The fields that the file lacks, of those that follow from the configuration.
+
+        llama.cpp's converter leaves out some, such as which blocks of Gemma 3 have a window. Those
+        that are there must have the values of the configuration. Empty for an unknown family.
+        """
+        kind, stated = self.file.architecture, self.file.header.fields
+        # The text model of one that sees is known, too.
+        if ARCHITECTURES.get(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")) != kind:
+            return {}
+        known, tables = known_parameters(kind, config.to_dict())
+        # `check_template` compares the heads.
+        names = known.keys() - {f"{kind}.attention.head_count"} | {f"{kind}.{x}" for x in _OPTIONAL}
+        theirs = {name: stated[name].value for name in names & stated.keys()}
+        theirs |= {
+            name: self.file.read(name).tolist()
+            for name in self.file.tensors
+            if name.startswith("rope_")
+        }
+        ours = {name: known[name].value for name in names & known.keys()}
+        ours |= {name: table.tolist() for name, table in tables.items()}
+        sixths = [index % 6 < 5 for index in range(self.file.get(f"{kind}.block_count", 0))]
+        for name in sorted(theirs.keys() | tables.keys()):
+            stands, follows = theirs.get(name), ours.get(name)
+            # Without a field, llama.cpp takes these values.
+            usual = (0, 1, "none", 6, sixths)
+            if not (stands in usual if follows is None else _close(stands, follows)):
+                raise ValueError(
+                    f"{self.path} is not a file of this model: {name} is {str(stands)[:80]} there, "
+                    f"and {str(follows)[:80]} by config.json. Give what llama.cpp's converter "
+                    "makes of it"
+                )
+        return {name: field for name, field in known.items() if name not in stated}
+
+
+def _digest(values: Tensor) -> bytes:
+    return hashlib.sha256(flat_bytes(values).numpy().data).digest()
 
 
 def _close(value: Any, other: Any) -> bool:
@@ -179,72 +255,6 @@ def _close(value: Any, other: Any) -> bool:
 def _of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `kind`, by the rest of their names."""
     return {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
-
-
-def _with_copies(layout: GgufLayout, file: GgufFile, path: Path) -> tuple[GgufLayout, str]:
-    """A layout whose copies are checked when they are read, and a hash of all copies."""
-    tensors, all_copies = [], hashlib.sha256()
-    for tensor in layout.tensors:
-        if not tensor.sources:
-            digest = _digest(file.exact(tensor.name))
-            all_copies.update(tensor.name.encode() + digest)
-            tensor = replace(tensor, values=partial(_unchanged, file, path, tensor.name, digest))
-        tensors.append(tensor)
-    return replace(layout, tensors=tuple(tensors)), all_copies.hexdigest()
-
-
-def _digest(values: Tensor) -> bytes:
-    return hashlib.sha256(flat_bytes(values).numpy().data).digest()
-
-
-def _unchanged(file: GgufFile, path: Path, name: str, digest: bytes) -> Tensor:
-    """The content of a tensor whose hash was `digest` before the run."""
-    values = file.exact(name)
-    if _digest(values) != digest:
-        raise ValueError(
-            f"{path} was changed since the run began: {name} has other numbers. Put it back as it "
-            "was, and the same command continues"
-        )
-    return values
-
-
-def layout_by(
-    file: GgufFile,
-    placements: Mapping[str, Tensor],
-    source: CheckpointSource,
-    skeleton: Skeleton,
-) -> GgufLayout:
-    """The layout of a file, with a source for each tensor that can have a type.
-
-    That is a tensor whose rows are those of linears of blocks, or of weights outside the blocks, in
-    whole or in parts. Two such tensors have all their sources in common, or none.
-
-    Args:
-        file: What `open_template` returned.
-        placements: What `placements_in` returned.
-        source: The checkpoint.
-        skeleton: Its model.
-    """
-    shapes = weight_shapes(source, skeleton)
-    tensors, uses = [], defaultdict[str, set[object]](set)
-    for name, stored in file.tensors.items():
-        dtype = PLAIN_DTYPES[stored.tensor_type.name]
-        tensor = GgufTensor(name, file.shape(name), dtype)
-        may_have_type = tensor.is_matrix and name.endswith(".weight")
-        if may_have_type and dtype == compared_dtype(file) and tensor.shape[-1] % _NARROWEST == 0:
-            tensor = _with_sources(tensor, placements, shapes)
-        tensors.append(tensor)
-        for source_name in tensor.sources:
-            uses[source_name].add((tensor.sources, tensor.columns))
-    linears = (f"{name}.weight" for name in skeleton.all_linears())
-    readable = {x for x in (*linears, *skeleton.outside_parameter_names) if len(uses[x]) == 1}
-    foreign, absent = (sorted(_of_kind(placements, kind)) for kind in (FOREIGN, ABSENT))
-    unmatched = {"the template": foreign, "the checkpoint": name_patterns(absent)}
-    return GgufLayout(
-        file.fields(),
-        tuple(x if readable.issuperset(x.sources) else replace(x, sources=()) for x in tensors),
-        {which: names for which, names in unmatched.items() if names},
-    )
 
 
 def _with_sources(
