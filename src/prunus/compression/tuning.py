@@ -86,9 +86,14 @@ def tune(
     """
     record, checkpoints = run.record, Checkpoints(folder.folder)
     shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
+    text = _text_of(run) if shards.factors else None
+    if text is None:
+        why = "the calibration text is too short" if shards.factors else "no weight has such scales"
+        run.session.tell(f"No scales are trained: {why}.")
+        return
     if record.tuning is None:
         with contextlib.ExitStack() as stack:
-            learner = _RoundedLearner(run, shards, stack)
+            learner = _RoundedLearner(run, shards, text, stack)
             schedule = Schedule(
                 tokens=record.recipe.tune,
                 step_tokens=learner.step_tokens,
@@ -257,6 +262,7 @@ class _RoundedLearner(Learner):
     Args:
         run: The run.
         shards: The rounded model.
+        text: The windows.
         stack: Ends what stays open while the model learns.
 
     Attributes:
@@ -270,11 +276,12 @@ class _RoundedLearner(Learner):
         self,
         run: Run[LinearPlan, CompressionRecord],
         shards: _Shards,
+        text: TrainingText,
         stack: contextlib.ExitStack,
     ) -> None:
         plan = self._plan = run.plan
         self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
-        self.text = _text_of(run)
+        self.text = text
         self.batch = max(1, _STEP_TOKENS // self.text.held_out.shape[1])
         self.step_tokens = self.batch * self.text.held_out.shape[1]
         steps = self._steps = math.ceil(run.record.recipe.tune / self.step_tokens)
@@ -454,10 +461,12 @@ class _Scaled(torch.autograd.Function):
         return None, torch.linalg.vecdot(outer[0].reshape(after_OFC.shape), after_OFC).float()
 
 
-def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText:
-    """The windows of the source of the calibration, or those that the caller gave."""
+def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText | None:
+    """The text of the calibration, or the windows that the caller gave; None if it is too short."""
     plan, recipe = run.plan, run.plan.recipe
-    if plan.options.calibration_data is not None:
-        held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
-        return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
-    return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
+    with contextlib.suppress(ValueError):
+        if plan.options.calibration_data is not None:
+            held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
+            return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
+        return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
@@ -135,6 +135,14 @@ class CompressionRecord(LinearsRecord):
     size: FileSize | None = None
     tuning: TuningRecord | None = Field(default=None, exclude_if=lambda x: x is None)
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_tuning(cls, values: Any) -> Any:
+        # Records of versions before 0.5 know no training.
+        if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+            values["recipe"].setdefault("tune", 0)
+        return values
 
     def forget_missing(self, missing: set[str]) -> bool:
         """See `BlockwiseRecord`. Trained shards belong together, so all are made again."""
