@@ -45,7 +45,7 @@ from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
-from prunus.rounding.loss_sensitivity import rounded_products
+from prunus.rounding.loss_sensitivity import product_dtype, rounded_products
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
 from prunus.training.loop import Learner, Schedule, Step, Training
@@ -64,6 +64,8 @@ _COLUMNS = 256
 # The share of the memory budget that decoded blocks, and what the backward pass needs of them, may
 # take, and the share of hidden states.
 _KEPT_SHARE, _STATES_SHARE = 0.5, 0.2
+# Its multiples, without their whole parts, are spread evenly from 0 to 1.
+_GOLDEN = (5**0.5 - 1) / 2
 # The file that keeps what was learnt while the shards are written.
 _LEARNT = "tuned.safetensors"
 
@@ -419,10 +421,11 @@ class _RoundedLearner(Learner):
     def _scaled(self, name: str, before_OI: Tensor) -> Tensor:
         """A weight times its factors."""
         order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
+        step = torch.finfo(product_dtype(self._rounded)).eps
         if not order:
-            return _Scaled.apply(before_OI, self.parameters[name])
+            return _Scaled.apply(before_OI, self.parameters[name], step)
         columns = torch.tensor(order, device=before_OI.device)
-        sorted_OI = _Scaled.apply(before_OI[:, columns], self.parameters[name])
+        sorted_OI = _Scaled.apply(before_OI[:, columns], self.parameters[name], step)
         return sorted_OI[:, columns.argsort()]
 
     def _filled(self, index: int) -> nn.Module:
@@ -444,21 +447,28 @@ class _Scaled(torch.autograd.Function):
     """A weight (O, I) whose columns are multiplied by the factors (O, F) of their parts.
 
     The gradient of the logarithm of a factor is the sum of gradient times weight over its part.
+
+    Before, weights lie on the grid of the dtype of the products, and a change of less than half a
+    step would leave all of them as they are. So each column is changed by another share of a step
+    too, and the change moves as large a part of the columns to the next step.
     """
 
     @staticmethod
-    def forward(ctx: Any, before_OI: Tensor, change_OF: Tensor) -> Tensor:
+    def forward(ctx: Any, before_OI: Tensor, change_OF: Tensor, step: float) -> Tensor:
         # One pass over memory, in which only the small change is rounded to the weight's dtype.
         before_OFC = before_OI.unflatten(1, (change_OF.shape[1], -1))
-        small_OF1 = change_OF.expm1().to(before_OI.dtype)[..., None]
-        after_OFC = torch.addcmul(before_OFC, before_OFC, small_OF1)
+        columns = torch.arange(before_OFC.shape[2], device=before_OI.device)
+        share_C = (columns * _GOLDEN) % 1 - 0.5
+        small_OFC = change_OF.expm1()[..., None] + share_C * step
+        after_OFC = torch.addcmul(before_OFC, before_OFC, small_OFC.to(before_OI.dtype))
         ctx.save_for_backward(after_OFC)
         return after_OFC.flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
         (after_OFC,) = ctx.saved_tensors
-        return None, torch.linalg.vecdot(outer[0].reshape(after_OFC.shape), after_OFC).float()
+        gradient_OFC = outer[0].reshape(after_OFC.shape)
+        return None, torch.linalg.vecdot(gradient_OFC, after_OFC).float(), None
 
 
 def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText | None:
