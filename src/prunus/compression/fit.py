@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from prunus.compression.compress import Compression
-from prunus.compression.type_rounding import size_plan_of
 from prunus.engine.command import run_verb
 from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.run_options import RunOptions
@@ -15,6 +14,7 @@ from prunus.formats.gguf.codec import GgufCodec, GgufPlan
 from prunus.formats.gguf.context_memory import buffer_bytes, cache_bytes
 from prunus.options import at_least
 from prunus.rounding.compression_recipe import CompressionRecipe
+from prunus.rounding.size_plan import size_plan_of
 from prunus.words import in_bytes
 
 

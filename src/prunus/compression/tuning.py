@@ -46,6 +46,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
 from prunus.rounding.loss_sensitivity import product_dtype, rounded_products
+from prunus.rounding.size_plan import size_plan_of
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
 from prunus.training.loop import Learner, Schedule, Step, Training
@@ -223,8 +224,8 @@ class _Shards:
 
     def read_outside(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside the blocks by the model's names, with embedding and head dense."""
-        tensors, storage = self._read(self.record.outside_shard), self.plan.storage
-        for name in getattr(storage, "outside", ()):
+        tensors = self._read(self.record.outside_shard)
+        for name in size_plan_of(self.plan).outside:
             key = self.source.weight_key(name)
             tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
         stored = {name: self.source.stored[name] for name in names if name in self.source.stored}

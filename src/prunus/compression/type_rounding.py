@@ -43,7 +43,7 @@ from prunus.rounding.group_sweep import GroupRounding, round_weight
 from prunus.rounding.lattice import lossless_type, on_lattice
 from prunus.rounding.loss_sensitivity import LinearSensitivity, LossMeasurement, measure_loss
 from prunus.rounding.measuring_trial import try_measurement
-from prunus.rounding.size_plan import SizePlan, TypedWeight
+from prunus.rounding.size_plan import SizePlan, TypedWeight, size_plan_of
 from prunus.rounding.type_choice import Measurement, TypeChoice
 from prunus.words import naming
 
@@ -134,12 +134,6 @@ def _measured_once(
     folder.save()
     save_safetensors(path, tensors)
     return tensors
-
-
-def size_plan_of(plan: LinearPlan) -> SizePlan:
-    """The plan of the result of a run of compress."""
-    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
-    return plan.storage
 
 
 def _check_outside(size_plan: SizePlan, choice: TypeChoice) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from prunus.calibration.training_text import TrainingText
 from prunus.distributed import own_part, ranks
+from prunus.hardware.numerics import native_bfloat16
 from prunus.model.linears import refuse_not_finite
 from prunus.recovery.recovery_options import RecoveryOptions
 from prunus.recovery.trainable import Trainable, block_linears
@@ -25,6 +26,19 @@ from prunus.training.loss import next_token_loss
 # A step of more tokens is split into several forward passes, whose gradients add up. The logits
 # and activations of a pass are what takes the memory of a step.
 _TOKENS_PER_PASS = 2048
+
+
+def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of products and activations, and the reason, for the record.
+
+    `requested` is "float32", "bfloat16", or "auto", which is bfloat16 where that is native.
+    """
+    if requested != "auto":
+        return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
+    place = "device" if device.type == "cuda" else "processor"
+    if device.type == "cuda" or native_bfloat16():
+        return torch.bfloat16, f"native on this {place}; trained parameters stay float32"
+    return torch.float32, "this processor has no native bfloat16"
 
 
 @dataclass

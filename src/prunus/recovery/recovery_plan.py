@@ -28,10 +28,10 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
+from prunus.recovery.learner import training_dtype
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
 from prunus.recovery.recovery_record import RecoveryInputs
 from prunus.structure.structure_record import StructureRecord
-from prunus.training.loop import training_dtype
 from prunus.words import require_library
 
 # Bytes per trained parameter in memory: the float32 weight, its gradient and Adam's two moments. On

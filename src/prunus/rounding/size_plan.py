@@ -4,6 +4,7 @@
     TypedWeight    a weight with the types that it can have
     SizePlan       all of them, the bytes that they may take, and so the choice of types
     folder_plan    the plan of a result that is a folder
+    size_plan_of   the plan of the result of a run
 
 Embedding and head can have types too; they lie outside the blocks.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.engine.linear_plan import LinearSelection, Storage
+from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage
 from prunus.methods.statistics import FIRST_SHARE
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
 from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
@@ -562,3 +563,9 @@ def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:
         what = f"rounded {kind}" if rounded else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
     return parts
+
+
+def size_plan_of(plan: LinearPlan) -> SizePlan:
+    """The plan of the result of a run of compress."""
+    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
+    return plan.storage

@@ -18,7 +18,6 @@ from torch import nn
 
 from prunus.distributed import ranks, sum_floats
 from prunus.engine.reconstruction.train import learning_rate
-from prunus.hardware.numerics import native_bfloat16
 from prunus.training.checkpoints import Checkpoints, TrainingState
 from prunus.training.evaluation import Evaluation
 
@@ -98,19 +97,6 @@ class Learner(Protocol):
 
     def words(self, loss: float) -> str:
         """A held-out loss for people."""
-
-
-def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products and activations, and the reason, for the record.
-
-    `requested` is "float32", "bfloat16", or "auto", which is bfloat16 where that is native.
-    """
-    if requested != "auto":
-        return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
-    place = "device" if device.type == "cuda" else "processor"
-    if device.type == "cuda" or native_bfloat16():
-        return torch.bfloat16, f"native on this {place}; trained parameters stay float32"
-    return torch.float32, "this processor has no native bfloat16"
 
 
 @dataclass
