@@ -36,7 +36,6 @@ from prunus.engine.session import Session, shown_session
 from prunus.formats.codec import Codec
 from prunus.methods.statistics import InputStatistics
 from prunus.model.checkpoint.tensor_files import Writable, save_safetensors
-from prunus.model.head import head_name
 from prunus.rounding.compression_record import CompressionRecord
 from prunus.rounding.group_fits import round_to_nearest, rounded_rows
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer, check_range
@@ -266,7 +265,8 @@ def _measured_types(
     importances: dict[str, Tensor] = {}
     corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
-    modules, head = dict(model.named_modules()), sensitivities[str(head_name(model))]
+    modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
+    head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.

@@ -29,7 +29,7 @@ from prunus.hardware.machine import (
     process_memory,
 )
 from prunus.model.device import DTYPES
-from prunus.model.head import is_tied
+from prunus.model.linears import is_tied
 from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource

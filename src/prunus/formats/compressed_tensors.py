@@ -32,7 +32,7 @@ import torch
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers, scaled
 from prunus.formats.codec import Codec
 from prunus.model.checkpoint.quantized import FP4_BY_CODE
-from prunus.model.head import head_name, is_tied
+from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan
@@ -261,7 +261,8 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
     """The config.json of the source, with how its linears are rounded."""
     source, model = plan.request.source, plan.request.skeleton.model
     # A tied head is not stored. Engines take other matrices for linears too, such as routers.
-    dense = [name] if (name := head_name(model)) is not None else []
+    head = model.get_output_embeddings()
+    dense = [name for name, module in model.named_modules() if module is head]
     rounded = set(map(source.weight_key, kinds))
     for key, info in source.checkpoint.tensors.items():
         if key.endswith(".weight") and len(info.shape) == 2 and key not in rounded:

@@ -26,7 +26,7 @@ import torch
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
-from prunus.model.head import is_tied
+from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan

@@ -217,6 +217,31 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_table(module)
 
 
+def is_tied(model: Any) -> bool:
+    """Whether the output head of a transformers model has the weight of its input embedding.
+
+    The configuration may say so of a checkpoint that stores two weights; see `Skeleton.untie`.
+    """
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def tied_embedding(model: Any) -> Linear | None:
+    """The input embedding of a transformers model as a linear, if it is tied to the output head.
+
+    Returns:
+        The embedding by its full name. None if the two are not tied, or if one of them is special:
+        an embedding that computes with its rows, a head with a bias.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = is_table(embedding) and type(head) is nn.Linear and head.bias is None
+    if not plain or not is_tied(model):
+        return None
+    return Linear(
+        next(name for name, module in model.named_modules() if module is embedding), embedding
+    )
+
+
 def refuse_not_finite(
     linears: Mapping[str, Linear], run: Callable[[], object], what: str
 ) -> NoReturn:

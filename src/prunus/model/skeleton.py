@@ -22,9 +22,8 @@ from torch import nn
 
 from prunus.model.calls import BlockCall, BlockStubs, StopForward, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
-from prunus.model.head import head_name, is_tied
 from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_image_size
-from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
+from prunus.model.linears import Linear, find_block_list, find_linears, is_tied, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
 
 #: From the model's names to the stored tensors; see `WeightSource.read_outside`.
@@ -299,7 +298,7 @@ class Skeleton:
             NotImplementedError: There is none, it is no linear, or it is tied to the embedding.
         """
         head = self._output_head()
-        name = head_name(self.model)
+        name = next((name for name, module in self.model.named_modules() if module is head), None)
         if name is None or not isinstance(head, nn.Linear):
             raise NotImplementedError(
                 f"{type(self.model).__name__} has no linear as its output head, so its head cannot "

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.model.head import head_name, is_tied
 from prunus.model.linears import Linear, find_block_list, find_linears
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.recovery_record import LinearMask, RecoveryRecord
@@ -113,11 +112,12 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     """
     linears = block_linears(model)
     # The output head counts if it is a linear of its own and not the embedding.
-    head = None if is_tied(model) else head_name(model)
-    if head is not None and isinstance(output := model.get_submodule(head), nn.Linear):
+    head, embedding = None, model.get_input_embeddings()  # type: ignore[operator]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(output, nn.Linear) and output.weight is not embedding.weight:
+        head = next(name for name, module in model.named_modules() if module is output)
         linears[head] = Linear(head, output)
-    recorded = _recorded_linears(folder, head if head in linears else None)
-    if recorded is not None:
+    if (recorded := _recorded_linears(folder, head)) is not None:
         return {name: x for name, x in linears.items() if name in recorded}
     return {name: x for name, x in linears.items() if is_pruned(x.weight_OI)}
 

@@ -25,8 +25,7 @@ from torch import nn
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage
 from prunus.methods.statistics import FIRST_SHARE
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
-from prunus.model.head import end_of_head, stored_ends
-from prunus.model.linears import Linear
+from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.rounding.cards import CardWords, quantized_card
@@ -66,13 +65,25 @@ class PlanRequest:
 
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
-        """Embedding and head, as far as they can have types; see `stored_ends`.
+        """Embedding and head, as far as they can have types -> stored names of the weight.
 
-        Empty if `head_bits` is none.
+        If they are tied, it is the embedding alone. A checkpoint may store a tied weight twice,
+        which are two names, or as the head alone, which stays as it is. Empty if `head_bits` is
+        none.
         """
         if self.recipe.head_bits == "none":
             return {}
-        return stored_ends(self.skeleton.model, self.source.stored)
+        model, keys = self.skeleton.model, dict[str, str]()
+        names = {id(module): name for name, module in model.named_modules()}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            name = names.get(id(module), "")
+            if f"{name}.weight" in self.source.stored and is_plain(module):
+                keys[name] = self.source.stored[f"{name}.weight"]
+        if not is_tied(model):
+            return {name: [key] for name, key in keys.items() if key.endswith(".weight")}
+        embedding = tied_embedding(model)
+        name = embedding.name if embedding is not None else ""
+        return {name: [*keys.values()]} if keys.get(name, "").endswith(".weight") else {}
 
     def limited(self, keeps: Callable[[str], bool]) -> PlanRequest:
         """The same without the linears for whose full name `keeps` is False."""
@@ -80,8 +91,15 @@ class PlanRequest:
 
     @functools.cached_property
     def head(self) -> str | None:
-        """The one of `outside` that has the weight of the output head; None for none."""
-        return end_of_head(self.skeleton.model, self.outside)
+        """The one of `outside` that has the weight of the output head; None for none.
+
+        It is the embedding where both are tied.
+        """
+        model = self.skeleton.model
+        modules, head = dict(model.named_modules()), model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        return next((name for name in self.outside if modules[name].weight is head.weight), None)
 
     def scale_dtype(self, name: str) -> torch.dtype:
         """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
