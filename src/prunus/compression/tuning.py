@@ -45,7 +45,7 @@ from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
-from prunus.rounding.loss_sensitivity import product_dtype, rounded_products
+from prunus.rounding.loss_sensitivity import rounded_dtype, rounded_products
 from prunus.rounding.size_plan import size_plan_of
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
@@ -422,7 +422,7 @@ class _RoundedLearner(Learner):
     def _scaled(self, name: str, before_OI: Tensor) -> Tensor:
         """A weight times its factors."""
         order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
-        step = torch.finfo(product_dtype(self._rounded)).eps
+        step = torch.finfo(rounded_dtype(self._rounded)).eps
         if not order:
             return _Scaled.apply(before_OI, self.parameters[name], step)
         columns = torch.tensor(order, device=before_OI.device)

@@ -265,8 +265,7 @@ def _measured_types(
     importances: dict[str, Tensor] = {}
     corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
-    modules, output_head = dict(model.named_modules()), model.get_output_embeddings()
-    head = next(x for name, x in sensitivities.items() if modules[name] is output_head)
+    modules, head = dict(model.named_modules()), sensitivities[plan.skeleton.head(True).name]
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.

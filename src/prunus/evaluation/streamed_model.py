@@ -29,7 +29,6 @@ from prunus.hardware.machine import (
     process_memory,
 )
 from prunus.model.device import DTYPES
-from prunus.model.linears import is_tied
 from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -240,10 +239,10 @@ class StreamedModel:
         widest = max(max(linear.shape) for linear in skeleton.linears(0))
         transient = transient_bytes(batch * seqlen, hidden, widest, size)
         outer = self.source.checkpoint.nbytes(self.source.outside_keys())
-        head = skeleton.model.get_output_embeddings()
-        embedding = skeleton.model.get_input_embeddings().weight
-        if head is not None and not is_tied(skeleton.model):
-            outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
+        weights = skeleton.vocabulary_weights
+        if (head := weights.own_head) is not None:
+            least = min(head.parameter.numel(), weights.embedding.parameter.numel())
+            outer -= least * self.source.stored_dtype.itemsize
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
         logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)

@@ -32,7 +32,6 @@ import torch
 from prunus.formats.block_bytes import FP4, FP4_ORDER, ONE, BlockType, Field, integers, scaled
 from prunus.formats.codec import Codec
 from prunus.model.checkpoint.quantized import FP4_BY_CODE
-from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan
@@ -259,10 +258,9 @@ def _groups_of(request: PlanRequest, names: Iterable[str]) -> list[int]:
 
 def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str, object]:
     """The config.json of the source, with how its linears are rounded."""
-    source, model = plan.request.source, plan.request.skeleton.model
+    source, weights = plan.request.source, plan.request.skeleton.vocabulary_weights
     # A tied head is not stored. Engines take other matrices for linears too, such as routers.
-    head = model.get_output_embeddings()
-    dense = [name for name, module in model.named_modules() if module is head]
+    dense = [] if weights.head is None else [weights.head.name]
     rounded = set(map(source.weight_key, kinds))
     for key, info in source.checkpoint.tensors.items():
         if key.endswith(".weight") and len(info.shape) == 2 and key not in rounded:
@@ -290,7 +288,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
     return {
         **source.folder.dense_config,
         # A head that is stored with other numbers than the embedding is tied by vLLM all the same.
-        **({} if is_tied(model) else {"tie_word_embeddings": False}),
+        **({} if weights.is_tied else {"tie_word_embeddings": False}),
         "quantization_config": described,
     }
 

@@ -26,7 +26,6 @@ import torch
 from prunus.formats.block_bytes import ONE, BlockType, Field, scaled
 from prunus.formats.codec import Codec
 from prunus.formats.fixed import MLX, check_fixed
-from prunus.model.linears import is_tied
 from prunus.rounding.cards import CardWords
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer
 from prunus.rounding.size_plan import PlanRequest, SizePlan, folder_plan
@@ -106,7 +105,7 @@ class MlxCodec(Codec):
                 not reach the bits or the size.
         """
         config = request.source.config
-        tied = is_tied(request.skeleton.model)
+        tied = request.skeleton.vocabulary_weights.is_tied
         if tied not in FAMILIES.get(config.model_type, ()):
             raise ValueError(
                 f"mlx-lm does not take the weights of a model of the family {config.model_type} "
@@ -198,7 +197,7 @@ def _config(plan: SizePlan, kinds: Mapping[str, GroupQuantizer]) -> Mapping[str,
         **rope_keys(config),
         **config,
         # mlx-lm has defaults of its own where the file does not say it.
-        "tie_word_embeddings": is_tied(plan.request.skeleton.model),
+        "tie_word_embeddings": plan.request.skeleton.vocabulary_weights.is_tied,
         "quantization": described,
         "quantization_config": described,
     }

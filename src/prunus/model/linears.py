@@ -3,8 +3,8 @@
 A linear is any module that multiplies the last axis of its input by one matrix: `nn.Linear` of
 torch, and the transposed `Conv1D` of GPT-2. All other code sees its weight as (out, in).
 
-Outline: `find_block_list`; `Linear` and the functions that find linears; embeddings, which can be
-tied to the output head; `refuse_not_finite`, which explains a result that is not finite.
+Outline: `find_block_list`; `Linear` and the functions that find linears; `refuse_not_finite`, which
+explains a result that is not finite.
 
 Shape suffixes: O outputs, I inputs.
 """
@@ -200,46 +200,6 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
                 )
             dense[full_name] = tuple(parameter.shape)
     return dense
-
-
-def is_table(module: nn.Module) -> bool:
-    """Whether a module returns rows of its weight, times its `embed_scale` if it has one.
-
-    Classes of transformers that scale rows have a name that ends like this, and one body. Other
-    subclasses of `nn.Embedding` may compute anything with their weight.
-    """
-    scaled = type(module).__name__.endswith("ScaledWordEmbedding")
-    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scaled)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module does no more with its weight than multiply by it, or look up its rows."""
-    return type(module) is nn.Linear or is_table(module)
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the output head of a transformers model has the weight of its input embedding.
-
-    The configuration may say so of a checkpoint that stores two weights; see `Skeleton.untie`.
-    """
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def tied_embedding(model: Any) -> Linear | None:
-    """The input embedding of a transformers model as a linear, if it is tied to the output head.
-
-    Returns:
-        The embedding by its full name. None if the two are not tied, or if one of them is special:
-        an embedding that computes with its rows, a head with a bias.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    plain = is_table(embedding) and type(head) is nn.Linear and head.bias is None
-    if not plain or not is_tied(model):
-        return None
-    return Linear(
-        next(name for name, module in model.named_modules() if module is embedding), embedding
-    )
 
 
 def refuse_not_finite(

@@ -23,8 +23,9 @@ from torch import nn
 from prunus.model.calls import BlockCall, BlockStubs, StopForward, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
 from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of, trial_image_size
-from prunus.model.linears import Linear, find_block_list, find_linears, is_tied, left_dense
+from prunus.model.linears import Linear, find_block_list, find_linears, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules, move_buffers, place, release
+from prunus.model.vocabulary_weights import VocabularyWeights
 
 #: From the model's names to the stored tensors; see `WeightSource.read_outside`.
 ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -145,10 +146,15 @@ class Skeleton:
         return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def vocabulary_weights(self) -> VocabularyWeights:
+        """The input embedding and the output head."""
+        return VocabularyWeights(self.model)
+
+    @property
     def vocabulary(self) -> int:
         """Number of rows of the output head, or of the input embedding without a head."""
-        head: Any = self.model.get_output_embeddings() or self.model.get_input_embeddings()
-        return int(head.weight.shape[0])
+        weights = self.vocabulary_weights
+        return (weights.head or weights.embedding).parameter.shape[0]
 
     # --- outside the blocks ---
 
@@ -188,11 +194,11 @@ class Skeleton:
                 embedding is then left out and returns zeros. Without the flag, an untied head is
                 left out.
         """
-        head = self._output_head()
+        head = self.vocabulary_weights.head if self.kind.is_causal else None
         embedding: Any = (
             self.model.get_input_embeddings() if self.kind is not IMAGES else nn.Module()
         )
-        of_head = {id(p) for p in head.parameters()} if head is not None else set()
+        of_head = {id(p) for p in head.module.parameters()} if head is not None else set()
         of_embedding = {id(p) for p in embedding.parameters()}
         skipped: set[int] = set()
         as_stored: Collection[int] = ()
@@ -297,23 +303,17 @@ class Skeleton:
         Raises:
             NotImplementedError: There is none, it is no linear, or it is tied to the embedding.
         """
-        head = self._output_head()
-        name = next((name for name, module in self.model.named_modules() if module is head), None)
-        if name is None or not isinstance(head, nn.Linear):
+        head = self.vocabulary_weights.head if self.kind.is_causal else None
+        if head is None or not isinstance(head.module, nn.Linear):
             raise NotImplementedError(
                 f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
                 "be pruned; leave `head` out"
             )
-        if not may_be_tied and is_tied(self.model):
+        if not may_be_tied and self.vocabulary_weights.is_tied:
             raise NotImplementedError(
-                f"{name} is tied to the input embedding: pruning it would prune the embedding; "
-                "leave `head` out"
+                f"{head.name} is tied to the input embedding: pruning it would prune the "
+                "embedding; leave `head` out"
             )
-        return Linear(name, head)
-
-    def _output_head(self) -> nn.Module | None:
-        """The module that makes logits over the vocabulary; None for models without one."""
-        head: nn.Module | None = self.model.get_output_embeddings() if self.kind.is_causal else None
         return head
 
     def is_in_front_of_head(self, index: int) -> bool:

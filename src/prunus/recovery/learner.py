@@ -28,7 +28,7 @@ from prunus.training.loss import next_token_loss
 _TOKENS_PER_PASS = 2048
 
 
-def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+def products_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of products and activations, and the reason, for the record.
 
     `requested` is "float32", "bfloat16", or "auto", which is bfloat16 where that is native.

@@ -28,7 +28,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.learner import training_dtype
+from prunus.recovery.learner import products_dtype
 from prunus.recovery.recovery_options import Mode, RecoveryOptions
 from prunus.recovery.recovery_record import RecoveryInputs
 from prunus.structure.structure_record import StructureRecord
@@ -160,7 +160,7 @@ def plan_recovery(
             f"distill_weight {recipe.distill_weight} weighs a teacher, and there is none: "
             "give the dense model as `teacher`"
         )
-    dtype, reason = training_dtype(recipe.dtype, device)
+    dtype, reason = products_dtype(recipe.dtype, device)
     return RecoveryPlan(
         name=str(model),
         source=source,

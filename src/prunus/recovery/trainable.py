@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear, find_block_list, find_linears
+from prunus.model.vocabulary_weights import VocabularyWeights
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.recovery_record import LinearMask, RecoveryRecord
 
@@ -111,13 +112,10 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
         NotImplementedError: The model is not a stack of blocks.
     """
     linears = block_linears(model)
-    # The output head counts if it is a linear of its own and not the embedding.
-    head, embedding = None, model.get_input_embeddings()  # type: ignore[operator]
-    output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(output, nn.Linear) and output.weight is not embedding.weight:
-        head = next(name for name, module in model.named_modules() if module is output)
-        linears[head] = Linear(head, output)
-    if (recorded := _recorded_linears(folder, head)) is not None:
+    head = VocabularyWeights(model).own_head
+    heads = {head.name: head} if head is not None else {}
+    linears |= heads
+    if (recorded := _recorded_linears(folder, {*heads})) is not None:
         return {name: x for name, x in linears.items() if name in recorded}
     return {name: x for name, x in linears.items() if is_pruned(x.weight_OI)}
 
@@ -144,19 +142,18 @@ def is_pruned(weight_OI: torch.Tensor) -> bool:
     return zeros >= max(1, MIN_ZERO_FRACTION * size_BK.numel()) and zeros > smallest
 
 
-def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
+def _recorded_linears(folder: Path, heads: set[str]) -> set[str] | None:
     """Full names of the pruned linears by the records in a folder; None if there is no record.
 
-    `prunus.json` says that the output head was pruned, but not its name, so `head` gives it.
+    `prunus.json` says that the output head was pruned, but not its name, so `heads` gives it.
     """
     if (folder / RecoveryRecord.FILE).exists():
         return set(RecoveryRecord.load(folder).linears)
     if not (folder / Manifest.FILE).exists():
         return None
     manifest = Manifest.load(folder)
-    return {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears} | (
-        {head} if manifest.head is not None and head is not None else set()
-    )
+    linears = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
+    return linears | (heads if manifest.head is not None else set())
 
 
 def check_zeros(

@@ -33,7 +33,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,16 +189,9 @@ def loss_sensitivities(
         count(_BACKWARD)
     if head is not None:
         sensitivities[head.linear.name] = head.with_feedback(measurement.damping, unit)
-        embedding = _outside(stream, "input")
+        embedding = stream.skeleton.vocabulary_weights.embedding
         sensitivities[embedding.name] = _of_embedding(stream, embedding, ids, first, gradient, unit)
     return sensitivities
-
-
-def _outside(stream: Stream, which: str) -> Linear:
-    """The input embedding, or the output head, by its full name."""
-    model: Any = stream.skeleton.model
-    module = getattr(model, f"get_{which}_embeddings")()
-    return Linear(next(name for name, x in model.named_modules() if x is module), module)
 
 
 def _of_embedding(
@@ -285,11 +277,11 @@ def part_width(linears: Sequence[Linear]) -> int:
 def rounded_products(stream: Stream) -> torch.autocast:
     """Let products be rounded to bfloat16 where that is faster than the model's float32."""
     # The result is a mean over random draws, so the rounding costs nothing.
-    fast = product_dtype(stream) != stream.skeleton.dtype
+    fast = rounded_dtype(stream) != stream.skeleton.dtype
     return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
 
 
-def product_dtype(stream: Stream) -> torch.dtype:
+def rounded_dtype(stream: Stream) -> torch.dtype:
     """The dtype of the weights in these products."""
     dtype = stream.skeleton.dtype
     fast = multiplies_bfloat16(stream.device) and dtype == torch.float32
@@ -329,7 +321,8 @@ def _gradient_of_loss(
     stream: Stream, ids: Tensor, measurement: LossMeasurement
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
-    skeleton, head = stream.skeleton, [_outside(stream, "output")] if measurement.outside else []
+    skeleton = stream.skeleton
+    head = [skeleton.head(may_be_tied=True)] if measurement.outside else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
         rows, sums = [], measurement.sums(head, stream.device, factor)

@@ -25,7 +25,7 @@ from torch import nn
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, Storage
 from prunus.methods.statistics import FIRST_SHARE
 from prunus.model.checkpoint.tensor_files import Checkpoint, file_nbytes
-from prunus.model.linears import Linear, is_plain, is_tied, tied_embedding
+from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.rounding.cards import CardWords, quantized_card
@@ -65,25 +65,10 @@ class PlanRequest:
 
     @functools.cached_property
     def outside(self) -> dict[str, list[str]]:
-        """Embedding and head, as far as they can have types -> stored names of the weight.
-
-        If they are tied, it is the embedding alone. A checkpoint may store a tied weight twice,
-        which are two names, or as the head alone, which stays as it is. Empty if `head_bits` is
-        none.
-        """
+        """See `VocabularyWeights.roundable`. Empty if `head_bits` is none."""
         if self.recipe.head_bits == "none":
             return {}
-        model, keys = self.skeleton.model, dict[str, str]()
-        names = {id(module): name for name, module in model.named_modules()}
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            name = names.get(id(module), "")
-            if f"{name}.weight" in self.source.stored and is_plain(module):
-                keys[name] = self.source.stored[f"{name}.weight"]
-        if not is_tied(model):
-            return {name: [key] for name, key in keys.items() if key.endswith(".weight")}
-        embedding = tied_embedding(model)
-        name = embedding.name if embedding is not None else ""
-        return {name: [*keys.values()]} if keys.get(name, "").endswith(".weight") else {}
+        return self.skeleton.vocabulary_weights.roundable(self.source.stored)
 
     def limited(self, keeps: Callable[[str], bool]) -> PlanRequest:
         """The same without the linears for whose full name `keeps` is False."""
@@ -95,11 +80,8 @@ class PlanRequest:
 
         It is the embedding where both are tied.
         """
-        model = self.skeleton.model
-        modules, head = dict(model.named_modules()), model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            return None
-        return next((name for name in self.outside if modules[name].weight is head.weight), None)
+        owner = self.skeleton.vocabulary_weights.of_logits
+        return owner.name if owner is not None and owner.name in self.outside else None
 
     def scale_dtype(self, name: str) -> torch.dtype:
         """The dtype of the scales of a module: bfloat16, or float16 where that is its own."""
@@ -447,6 +429,12 @@ class SizePlan(Storage):
         record.size = self.size(written.file_bytes(), parts_of(self.request, written.tensors))
 
 
+def size_plan_of(plan: LinearPlan) -> SizePlan:
+    """The plan of the result of a run of compress."""
+    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
+    return plan.storage
+
+
 def folder_plan(
     request: PlanRequest,
     weights: Sequence[TypedWeight],
@@ -544,14 +532,13 @@ def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:
         request: What the folder is made of.
         tensors: Stored name -> something with a shape and a dtype, of all tensors of the folder.
     """
-    source, model = request.source, request.skeleton.model
+    source, weights = request.source, request.skeleton.vocabulary_weights
     # The embedding comes last, so that a tied head counts as embedding.
-    modules = {id(model.get_output_embeddings()): "output head"}
-    modules[id(model.get_input_embeddings())] = "embeddings"
+    named = {"output head": weights.head, "embeddings": weights.embedding}
     kinds = {
-        source.stored.get(f"{name}.weight", name).removesuffix(".weight"): modules[id(module)]
-        for name, module in reversed(list(model.named_modules()))
-        if id(module) in modules
+        source.stored.get(f"{linear.name}.weight", linear.name).removesuffix(".weight"): kind
+        for kind, linear in named.items()
+        if linear is not None
     }
     parts = Counter[str]()
     for name, info in tensors.items():

@@ -178,9 +178,9 @@ class _Weights:
             return True  # it is not loaded, or is a field of the file
         if self.skeleton.kind is not IMAGE_TEXT:
             return False
-        model = self.skeleton.model
+        model, head = self.skeleton.model, self.skeleton.vocabulary_weights.head
         state = model.state_dict(keep_vars=True)
-        parts = (model.get_decoder(), model.get_output_embeddings())
+        parts = (model.get_decoder(), head and head.module)
         of_text = {
             id(x) for part in parts if part for x in part.state_dict(keep_vars=True).values()
         }
