@@ -550,9 +550,3 @@ def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:
         what = f"rounded {kind}" if rounded else f"{kind} in {str(info.dtype).partition('.')[2]}"
         parts[what] += math.prod(info.shape) * info.dtype.itemsize
     return parts
-
-
-def size_plan_of(plan: LinearPlan) -> SizePlan:
-    """The plan of the result of a run of compress."""
-    assert isinstance(plan.storage, SizePlan), "the run rounds no weights"
-    return plan.storage
