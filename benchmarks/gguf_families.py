@@ -159,7 +159,7 @@ def restored(folder: Path, template: Path, written: Path, out: Path) -> None:
         path = skeleton.block_name(index)
         block = {k: weights.get(f"{path}.{k}", x.float()) for k, x in source.block(index).items()}
         tensors |= source.as_stored(index, block)
-    names = {key: name for name, key in source.stored.items()}
+    names = {key: name for name, key in source.stored_names.items()}
     for key in source.outside_keys():
         tensors[key] = weights.get(names.get(key, key), source.checkpoint.whole(key).float())
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))

@@ -154,7 +154,7 @@ def test_the_engine_loads_no_command_pruning_no_format_and_a_folder_of_mlx_no_gg
     steps = (
         "import prunus.engine.linear_command, prunus.engine.forecast",
         "prunus.prune",
-        "prunus.compress; prunus.model.formats.format_named('mlx').load()",
+        "prunus.compress; prunus.model.formats.format_named('mlx').load_codec()",
     )
     code = "; ".join(f"{step}; print(*sys.modules)" for step in ("import sys, prunus", *steps))
     command = [sys.executable, "-c", code]

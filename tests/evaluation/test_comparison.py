@@ -87,7 +87,7 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
     ],
 )
 def test_eval_refuses_before_any_work(arguments, complaint, models, local_datasets, monkeypatch):
-    monkeypatch.setattr(ModelInput, "load", None)
+    monkeypatch.setattr(ModelInput, "load_model", None)
     filled = [argument.format(first=models["first"]) for argument in arguments]
     result = call("eval", *filled, "--data", local_datasets, status=2)
     assert complaint in result.stderr

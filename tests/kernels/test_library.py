@@ -29,18 +29,18 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def best():
-    if (opened := library.load("best")) is None:
+    if (opened := library.load_kernels("best")) is None:
         pytest.skip(f"no kernels: {library.why_not()}")
     return opened
 
 
 def test_unknown_instruction_set():
-    assert_refused(ValueError, ", ".join(library.ISAS), library.load, "sse9")
+    assert_refused(ValueError, ", ".join(library.ISAS), library.load_kernels, "sse9")
 
 
 def test_an_instruction_set_that_the_machine_lacks_is_refused(best, monkeypatch):
     monkeypatch.setattr(library, "ISAS", (*library.ISAS, "next"))
-    assert_refused(ValueError, "this machine has no next", library.load, "next")
+    assert_refused(ValueError, "this machine has no next", library.load_kernels, "next")
 
 
 def test_the_reason_is_said_where_the_library_is_missing_broken_or_old(best, folder, monkeypatch):

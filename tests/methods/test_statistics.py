@@ -71,7 +71,7 @@ def test_the_stated_bytes_are_those_of_the_tensors(needs):
 def test_a_gram_of_bfloat16_inputs_is_exact_and_of_others_close(
     monkeypatch, isa, width, dtype, tolerance
 ):
-    best = kernels.load("best")
+    best = kernels.load_kernels("best")
     if isa != "off" and (best is None or kernels.ISAS.index(isa) > best.isa):
         pytest.skip(
             f"no kernels here, or a processor without {isa}: a machine that has it runs this"

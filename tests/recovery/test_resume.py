@@ -63,7 +63,7 @@ def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path)
     for path in (tmp_path / "out").glob("best-*"):
         path.unlink()
     assert (tmp_path / "out" / "training.safetensors").exists()
-    assert Checkpoints(tmp_path / "out").load({}, None) is None
+    assert Checkpoints(tmp_path / "out").load_state({}, None) is None
     recover(pruned, tmp_path / "out", "masked", text)
     recover(pruned, tmp_path / "whole", "masked", text)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
@@ -129,11 +129,11 @@ def test_a_damaged_state_is_named_and_changes_nothing(damage, tmp_path):
     state = TrainingState(evaluations=[start])
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, {"a": weight}, optimizer)
-    assert checkpoints.load({"a": weight}, optimizer) == state
+    assert checkpoints.load_state({"a": weight}, optimizer) == state
     damage(tmp_path / "training.safetensors")
     before = weight.detach().clone()
     with pytest.raises(ValueError, match=r"training\.safetensors is damaged .*overwrite"):
-        checkpoints.load({"a": weight}, optimizer)
+        checkpoints.load_state({"a": weight}, optimizer)
     assert torch.equal(weight, before)
     (tmp_path / "best-00000000.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"best-00000000\.safetensors is damaged"):

@@ -311,10 +311,10 @@ def test_codebooks_have_smaller_errors_than_other_types_of_their_bits(codebook, 
 @pytest.mark.parametrize("columns", [4, 8])
 def test_every_instruction_set_finds_the_best_codewords(isa, columns, monkeypatch):
     try:
-        compiled = kernels.load(isa)
+        compiled = kernels.load_kernels(isa)
     except ValueError as lacking:
         pytest.skip(str(lacking))
-    monkeypatch.setattr(kernels, "load", lambda: compiled)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: compiled)
     # Halves of rows recur, as in the grids of llama.cpp.
     grid_KC = torch.rand(3)[torch.randint(3, (40, columns))]
     target_WCO, importance_WC = 4 * torch.rand(3, columns, 301), torch.rand(3, columns)

@@ -228,8 +228,8 @@ class _Shards:
         for name in size_plan_of(self.plan).outside:
             key = self.source.weight_key(name)
             tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
-        stored = {name: self.source.stored[name] for name in names if name in self.source.stored}
-        return {name: tensors[key] for name, key in stored.items()}
+        keys = self.source.stored_names
+        return {name: tensors[keys[name]] for name in names if name in keys}
 
     def tuned(self, shard: str, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a shard after the training, as they are stored.

@@ -66,7 +66,7 @@ class Memory:
         on_host: Whether blocks run on the host's processor.
         reads_files: Whether blocks are read from a checkpoint; a loaded model is in memory.
         blocks: The need of each block by purpose; empty until it is measured.
-        stored: The size of each block in the checkpoint.
+        stored_nbytes: The size of each block in the checkpoint.
         outside: The size of what lies outside the blocks in the checkpoint; 0 for a loaded model.
     """
 
@@ -75,7 +75,7 @@ class Memory:
     on_host: bool
     reads_files: bool
     blocks: tuple[BlockMemory, ...] = ()
-    stored: tuple[int, ...] = ()
+    stored_nbytes: tuple[int, ...] = ()
     outside: int = 0
 
     @property
@@ -120,7 +120,7 @@ class Memory:
     def overlap_bytes(self, index: int) -> int:
         """Bytes of the block that is read and of the one that is written next to block `index`."""
         near = [i for i in (index - 1, index + 1) if 0 <= i < len(self.blocks)]
-        return sum(self.stored[i] for i in near)
+        return sum(self.stored_nbytes[i] for i in near)
 
     def host_bytes(self, index: int) -> int:
         """Bytes that block `index` needs on the host, with nothing read or written meanwhile."""
@@ -139,7 +139,7 @@ class Memory:
         ]
         if self.reads_files:
             # The embedding is in memory while it is applied to the windows and block 0 is read.
-            first = stay * self.blocks[0].hidden + overlaps * self.stored[0]
+            first = stay * self.blocks[0].hidden + overlaps * self.stored_nbytes[0]
             needed.append(self.outside + first)
         return max(needed)
 

@@ -29,8 +29,8 @@ from torch import nn
 from prunus.distributed import fail_together, on_rank_0, process_group, ranks
 from prunus.engine.calibration_windows import calibration_windows, given_windows, run_inputs
 from prunus.engine.folder import ResultFolder, held, resumed_or_new
-from prunus.engine.open_model import check_room, check_same_on_all_ranks
 from prunus.engine.result import Result
+from prunus.engine.run_facts import check_room, check_same_on_all_ranks
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import OtherRunError, RunInputs
 from prunus.engine.session import SILENT, Session

@@ -359,7 +359,7 @@ class BlockFolder(ResultFolder):
         return sum(block.seconds for block in self.record.blocks)
 
     @abstractmethod
-    def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
+    def shard_tensors(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of the shard of a block, by the names of the checkpoint."""
 
     @abstractmethod
@@ -385,6 +385,6 @@ class BlockFolder(ResultFolder):
     def write_block(self, position: int, block: FinishedBlock) -> None:
         """Write a block's shard, then save the record."""
         if is_rank_0():
-            self.write_shard(self.record.shard(position), self.stored(position, block))
+            self.write_shard(self.record.shard(position), self.shard_tensors(position, block))
         self.record.blocks.append(block.record)
         self.save()

@@ -74,7 +74,7 @@ def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> 
     recipe, extras = plan.recipe, plan.recipe.extras
     unknown = plan.device.type != "cpu" or ranks().size > 1 or isinstance(plan.source, ModuleSource)
     special = plan.skeleton.kind is IMAGES or recipe.measures == "inputs" or extras.head
-    if unknown or special or extras.two_passes or max(plan.memory.stored) > _MOST_BYTES:
+    if unknown or special or extras.two_passes or max(plan.memory.stored_nbytes) > _MOST_BYTES:
         return None
     started = time.perf_counter()
     # What is wrong with weights, files or memory is found and said by the run itself.
@@ -114,7 +114,7 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
         # A run of few batches needs them all in both models to train.
         changer.dense = DenseStream(plan.skeleton, plan.source, plan.device)
         models, all_batches = 2, plan.batches + -(-plan.batches // plan.drift_stride)
-    stored, of_kind = plan.memory.stored, dict[int, float]()
+    stored, of_kind = plan.memory.stored_nbytes, dict[int, float]()
     with torch.no_grad(), contextlib.closing(changer):
         started = time.perf_counter()
         changer.embed(batches, Path(tempfile.gettempdir()))

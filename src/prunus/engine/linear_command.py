@@ -29,9 +29,9 @@ from prunus.engine.linear_plan import (
 )
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
-from prunus.engine.open_model import agreed_walks
+from prunus.engine.open_model import OpenModel
 from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
-from prunus.engine.run_plan import OpenModel
+from prunus.engine.run_facts import agreed_walks
 from prunus.engine.session import SILENT, Session
 from prunus.kernels.library import missing_words
 from prunus.model.skeleton import Skeleton

@@ -27,14 +27,10 @@ from torch import Tensor, nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions
-from prunus.engine.open_model import open_model, run_facts
+from prunus.engine.open_model import OpenModel, open_model
+from prunus.engine.run_facts import run_facts
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import (
-    OpenModel,
-    RunPlan,
-    windows_per_batch,
-    with_memory,
-)
+from prunus.engine.run_plan import RunPlan, windows_per_batch, with_memory
 from prunus.engine.run_record import Walk
 from prunus.engine.session import SILENT, Session
 from prunus.hardware.machine import process_memory

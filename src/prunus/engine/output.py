@@ -125,7 +125,7 @@ class ShardFolder(BlockFolder):
 
         on_rank_0(finish)
 
-    def stored(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
+    def shard_tensors(self, position: int, block: FinishedBlock) -> dict[str, torch.Tensor]:
         """The tensors of a block's shard, with quantised linears as the format stores them."""
         rounded = {f"{name}.weight" for name in block.rounded}
         tensors = self.plan.checkpoint.as_stored(position, block.tensors, rounded)
@@ -169,11 +169,11 @@ class ShardFolder(BlockFolder):
         source = self.plan.checkpoint
         keys = source.outside_keys()
         if keys and (changed or not self.has(self.record.outside_shard)):
-            replaced = {source.stored[name]: tensor for name, tensor in changed.items()}
+            replaced = {source.stored_names[name]: tensor for name, tensor in changed.items()}
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.plan.memory.host_budget
-            dense: dict[str, Writable] = {**source.checkpoint.stored(keys), **replaced}
+            dense: dict[str, Writable] = {**source.checkpoint.file_tensors(keys), **replaced}
             if self.rounding is not None and self.rounding.outside is not None:
                 dense = self.rounding.outside(dense, head)
             self.write_shard(self.record.outside_shard, dense, uncached=uncached)

@@ -1,7 +1,7 @@
 """A checked run of blocks: the facts that are decided before any work, and what its blocks need.
 
 Every command that takes calibration windows through a model block by block has such a plan. It is
-frozen, and each command adds its own facts. `prunus.engine.open_model` decides what all share.
+frozen, and each command adds its own facts. `prunus.engine.run_facts` decides what all share.
 `Memory` has the budgets and how each block is walked, and is a value of its own.
 """
 
@@ -21,53 +21,18 @@ from prunus.engine.block_memory import (
     paused_bytes,
     transient_bytes,
 )
+from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import BlockwiseRecord, Walk
 from prunus.hardware.machine import ROOM_TO_KEEP, process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource, WeightSource, tensors_digest
+from prunus.model.source import ModuleSource, WeightSource, tensors_digest
 
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
 BYTES_PER_PRUNED_WEIGHT = 14
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenModel:
-    """A model that can be read, before a run decides anything about it.
-
-    Attributes:
-        name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights: in its stored dtype, or in that of the computation if
-            a plan has chosen one.
-        device: Where blocks run.
-    """
-
-    name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    device: torch.device
-
-    @property
-    def checkpoint(self) -> CheckpointSource:
-        """The source of a run that reads a checkpoint.
-
-        Raises:
-            TypeError: The run changes a loaded model.
-        """
-        if isinstance(self.source, ModuleSource):
-            raise TypeError(f"{self.name} is a loaded model, which has no checkpoint")
-        return self.source
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
-        if isinstance(self.source, ModuleSource):
-            return 0
-        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +185,7 @@ def with_memory(
         blocks=tuple(
             _block_memory(plan, index, dense, index in trained, extra[index]) for index in blocks
         ),
-        stored=tuple(map(source.block_nbytes, blocks)),
+        stored_nbytes=tuple(map(source.block_nbytes, blocks)),
         outside=outside,
     )
     plan = replace(plan, memory=memory)

@@ -336,7 +336,7 @@ def _stored_bits(folder: OpenFolder) -> float | None:
     for path, (_, linear) in skeleton.all_linears().items():
         name = f"{path}.weight"
         # Fused experts lie in one tensor together, which has no name of its own for each.
-        key = source.pieces[name].key if name in source.pieces else source.stored[name]
+        key = source.pieces[name].key if name in source.pieces else source.stored_names[name]
         count, shape = math.prod(linear.shape), source.checkpoint.tensors[key].shape
         nbytes += source.checkpoint.stored_nbytes(key) * count / math.prod(shape)
         weights += count

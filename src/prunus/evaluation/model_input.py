@@ -73,7 +73,7 @@ class ModelInput:
             return int(self.loaded.get_input_embeddings().num_embeddings)
         return self.folder.vocabulary
 
-    def load(self, compute: ComputeOptions) -> Any:
+    def load_model(self, compute: ComputeOptions) -> Any:
         """The whole model: a loaded one as it is, that of a folder on the device of `compute`."""
         if self.folder is None:
             return self.loaded

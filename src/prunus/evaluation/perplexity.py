@@ -308,7 +308,7 @@ def _opened(model: ModelInput, streamed: bool, compute: ComputeOptions) -> Logit
     """Open a model to score it, block by block if `streamed`."""
     if streamed and model.folder is not None:
         return StreamedModel(model.folder, compute)
-    return WholeModel(model.load(compute))
+    return WholeModel(model.load_model(compute))
 
 
 # --- the text ---

@@ -157,7 +157,9 @@ def _score(
     compute = ComputeOptions(chosen.dtype, device)
     with unchanged(model.folder), TemporaryDirectory() as folder, _silent(progress):
         tracker = EvaluationTracker(output_path=folder)
-        lm = HFLM(model.load(compute), tokenizer=tokenizer, backend="causal", batch_size=batch)
+        lm = HFLM(
+            model.load_model(compute), tokenizer=tokenizer, backend="causal", batch_size=batch
+        )
         found = simple_evaluate(lm, batch_size=batch, evaluation_tracker=tracker, **how)
         assert found is not None, "this is the only process"
         samples = found.pop("samples")

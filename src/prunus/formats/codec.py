@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.engine.linear_plan import LinearSelection
+from prunus.engine.open_model import OpenModel
 from prunus.engine.result import MEASUREMENT, Result
-from prunus.engine.run_plan import OpenModel
 from prunus.model.checkpoint.files import make_folder, read_json, write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
 from prunus.model.checkpoint.tensor_files import SINGLE_NAME, Checkpoint, save_safetensors
@@ -197,7 +197,7 @@ def codec_for(output: Path | None, recipe: CompressionRecipe) -> type[Codec]:
             f"{recipe.format} is the format of a folder: give the output a name that does not end "
             f"in {by_suffix.suffix}, or leave `format` out"
         )
-    codec: type[Codec] = (by_suffix or format_named(recipe.format)).load()
+    codec: type[Codec] = (by_suffix or format_named(recipe.format)).load_codec()
     return codec
 
 

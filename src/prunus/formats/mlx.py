@@ -129,7 +129,7 @@ class MlxCodec(Codec):
         )
         # mlx-lm drops further blocks (MTP) of the families that have them, and takes no others.
         source = request.source
-        left_out = source.checkpoint.tensors.keys() - set(source.stored.values())
+        left_out = source.checkpoint.tensors.keys() - set(source.stored_names.values())
         unmatched = {"the checkpoint": name_patterns(source.unused)} if source.unused else {}
         lists = {"left_out": left_out, "unmatched": unmatched}
         result = "an MLX checkpoint"

@@ -91,7 +91,7 @@ def describe_machine() -> dict[str, str]:
 def _kernels() -> str:
     """The instruction set in use, or why there is none."""
     try:
-        opened = library.load()
+        opened = library.load_kernels()
         return f"none: {library.why_not()}" if opened is None else library.ISAS[opened.isa]
     except ValueError as wrong:  # PRUNUS_ISA names no instruction set of this machine
         return f"none: {wrong}"

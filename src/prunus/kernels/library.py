@@ -85,7 +85,7 @@ class Library:
             raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
 
 
-def load(isa: str | None = None) -> Library | None:
+def load_kernels(isa: str | None = None) -> Library | None:
     """Open the kernels, or return None where there are none (`why_not` gives the reason).
 
     Args:
@@ -99,10 +99,10 @@ def load(isa: str | None = None) -> Library | None:
 
 
 def why_not() -> str | None:
-    """Return why `load` returns None, as part of a sentence; None where there is a library.
+    """Return why `load_kernels` returns None, as part of a sentence; None where there is a library.
 
     Raises:
-        ValueError: As `load`.
+        ValueError: As `load_kernels`.
     """
     return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
 

@@ -65,7 +65,7 @@ class OwnCode:
                 f"FILE.py:NAME, where NAME is {self.path} of the file"
             )
 
-    def load(self, value: str) -> Any:
+    def load_object(self, value: str) -> Any:
         """The user's own object of this name. The file that it names is loaded.
 
         Raises:

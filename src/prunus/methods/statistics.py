@@ -354,7 +354,7 @@ def _add_gram(gram_II: Tensor, drift_gram_II: Tensor | None, X_TI: Tensor, round
     # The product is computed once and added to both sums.
     part_II = gram_II if drift_gram_II is None else torch.zeros_like(gram_II)
     fits = rounded or X_TI.dtype == torch.bfloat16
-    compiled = kernels.load() if X_TI.is_cpu and fits else None
+    compiled = kernels.load_kernels() if X_TI.is_cpu and fits else None
     if compiled is not None and compiled.has_bfloat16:
         compiled.add_gram(part_II, X_TI.bfloat16())
     else:

@@ -350,4 +350,4 @@ def get_method(method: str) -> Method:
     ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
 sparsegpt, sparsegpt-score, obs, alps, mask, or name your own as FILE.py:NAME; did you mean wanda?
     """
-    return METHODS[method] if method in METHODS else METHOD_NAMES.load(method)
+    return METHODS[method] if method in METHODS else METHOD_NAMES.load_object(method)

@@ -18,8 +18,8 @@ class FormatEntry(NamedTuple):
 
     Attributes:
         name: What `--format` takes.
-        load: Imports the class of the format, which derives from `formats.codec.Codec`, when a run
-            needs it, or when a path has the format's suffix.
+        load_codec: Imports the class of the format, which derives from `formats.codec.Codec`, when
+            a run needs it, or when a path has the format's suffix.
         suffix: The end of the name of an output that implies the format, in small letters. A model
             with such a name is opened by the class. Empty for a folder.
         key: The key of config.json that a folder of the format has. Such a folder is opened by the
@@ -28,7 +28,7 @@ class FormatEntry(NamedTuple):
     """
 
     name: str
-    load: Callable[[], Any]
+    load_codec: Callable[[], Any]
     suffix: str = ""
     key: str = ""
 
@@ -87,7 +87,7 @@ def reader_of(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
     refuse_packed(Path(path), config)
     named = format_of(path)
     entries = [named] if named else [x for x in FORMATS if isinstance(config.get(x.key), dict)]
-    kinds = (entry.load() for entry in entries)
+    kinds = (entry.load_codec() for entry in entries)
     return next((kind for kind in kinds if kind.owns(Path(path))), None)
 
 

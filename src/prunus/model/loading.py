@@ -97,7 +97,7 @@ def load_model(
     path, config, kind = folder.path, folder.config, folder.kind
     # A model beyond all limits ends here, before transformers makes it.
     build_on_meta(kind, config, torch.float32, folder.trust_remote_code)
-    checkpoint = folder.stored if folder.is_foreign else folder.checkpoint
+    checkpoint = folder.stored_checkpoint if folder.is_foreign else folder.checkpoint
     # Else transformers would look for the parts of quantised weights.
     dense = {"config": config} if type(checkpoint) is not Checkpoint else {}
     opened = partial(_ReadFile, checkpoint)

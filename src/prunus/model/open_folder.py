@@ -108,7 +108,7 @@ class OpenFolder:
         return {key: x for key, x in self.raw.items() if key != "quantization_config"}
 
     @functools.cached_property
-    def stored(self) -> Checkpoint:
+    def stored_checkpoint(self) -> Checkpoint:
         """The weights as they are stored, of which the headers are read.
 
         Raises:
@@ -128,10 +128,11 @@ class OpenFolder:
         """
         self.require_config()
         if not self.quantization:
-            return self.stored
+            return self.stored_checkpoint
         names = {str(self.raw.get(field)) for field in ("dtype", "torch_dtype")}
         known = (x for x in _NUMBERS if str(x).removeprefix("torch.") in names)
-        dense = DenseCheckpoint(self.stored, self.quantization, next(known, torch.bfloat16))
+        dtype = next(known, torch.bfloat16)
+        dense = DenseCheckpoint(self.stored_checkpoint, self.quantization, dtype)
         _check_dtypes(dense)
         return dense
 
@@ -157,7 +158,7 @@ class OpenFolder:
             ) from fault
         vars(config).pop("quantization_config", None)
         if not self.quantization and any(self.path.glob("*.safetensors")):
-            _check_dtypes(self.stored)
+            _check_dtypes(self.stored_checkpoint)
         return config
 
     @property
@@ -185,7 +186,7 @@ class OpenFolder:
     def _sizes(self) -> StoredSizes:
         """What the folder stores; see `NO_WEIGHTS` for a folder without weights."""
         try:
-            return StoredSizes.of(self.stored)
+            return StoredSizes.of(self.stored_checkpoint)
         except FileNotFoundError:
             return NO_WEIGHTS
 

@@ -94,7 +94,8 @@ class CheckpointSource:
         config: The transformers configuration.
         fingerprint: SHA-256 (hex) over the headers of the files and config.json.
         stored_dtype: The floating-point dtype that most bytes are stored in.
-        stored: The model's name -> the stored name, of every stored tensor; empty before `bind`.
+        stored_names: The model's name -> the stored name, of every stored tensor; empty before
+            `bind`.
         pieces: The model's name -> where it is, of every piece of a fused tensor.
 
     Raises:
@@ -110,7 +111,7 @@ class CheckpointSource:
         fingerprint = self.checkpoint.fingerprint.encode() + (folder.config_bytes or b"")
         self.fingerprint = hashlib.sha256(fingerprint).hexdigest()
         self.stored_dtype = _main_dtype(self.checkpoint.tensors.values())
-        self.stored: dict[str, str] = {}
+        self.stored_names: dict[str, str] = {}
         # Per block: relative name -> stored name.
         self._blocks: list[dict[str, str]] = []
         # Per block: stored name of a tensor that is several in the skeleton -> how it is cut.
@@ -126,7 +127,7 @@ class CheckpointSource:
         A piece of a fused tensor has its name in the model, under which shards store it alone.
         """
         name = f"{module}.weight"
-        return name if name in self.pieces else self.stored[name]
+        return name if name in self.pieces else self.stored_names[name]
 
     def weight_dtype(self, module: str) -> torch.dtype:
         """The dtype in which the weight of a module is stored."""
@@ -135,8 +136,8 @@ class CheckpointSource:
 
     def bind(self, skeleton: Skeleton) -> None:
         """Match the stored names with the model's, and check all shapes; see `WeightSource`."""
-        self.stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
-        stored = self.stored
+        self.stored_names, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
+        stored = self.stored_names
         self._refuse_unknown(skeleton, unknown)
         skeleton.untie(self._are_equal)
         self._check_outside(skeleton)
@@ -170,7 +171,7 @@ class CheckpointSource:
 
     def _compare(self, name: str, other: str) -> bool:
         """Whether two names of one parameter have the same numbers, as far as both are stored."""
-        keys = [self.stored.get(x, "") for x in (name, other)]
+        keys = [self.stored_names.get(x, "") for x in (name, other)]
         if name == other or not all(keys):
             return True
         infos = [self.checkpoint.tensors[key] for key in keys]
@@ -191,7 +192,7 @@ class CheckpointSource:
         The last fused tensor stays in memory, because its other pieces come next.
         """
         if (piece := self.pieces.get(name)) is None:
-            return self.checkpoint.whole(self.stored.get(name, name))
+            return self.checkpoint.whole(self.stored_names.get(name, name))
         if piece.key not in self._cut:
             self._cut = {piece.key: piece.fused.cut(self.checkpoint.whole(piece.key))}
         return self._cut[piece.key][piece.name]
@@ -224,14 +225,14 @@ class CheckpointSource:
     def _check_outside(self, skeleton: Skeleton) -> None:
         """Embeddings, norms and head must be stored; of tied ones, one name is enough."""
         state = skeleton.model.state_dict(keep_vars=True)
-        tied = {id(tensor) for name, tensor in state.items() if name in self.stored}
+        tied = {id(tensor) for name, tensor in state.items() if name in self.stored_names}
         base = f"{skeleton.model.base_model_prefix}."
         head = [name for name in skeleton.outside_parameter_names if not name.startswith(base)]
         for name in skeleton.outside_parameter_names:
-            if name in self.stored:
-                self._check_shape(self.stored[name], tuple(state[name].shape))
+            if name in self.stored_names:
+                self._check_shape(self.stored_names[name], tuple(state[name].shape))
             elif id(state[name]) not in tied:
-                if name in head and not any(name in self.stored for name in head):
+                if name in head and not any(name in self.stored_names for name in head):
                     raise NotImplementedError(
                         f"{self.checkpoint.folder} holds no weight for {name}, nor any other of a "
                         f"head: it is a {skeleton.kind.name} without its head. Save the whole "
@@ -249,7 +250,7 @@ class CheckpointSource:
 
     def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Stored tensors outside the blocks, by the model's names; see `WeightSource`."""
-        keys = {self.stored[name]: name for name in names if name in self.stored}
+        keys = {self.stored_names[name]: name for name in names if name in self.stored_names}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
     def block_keys(self, index: int) -> list[str]:
@@ -330,7 +331,7 @@ class CheckpointSource:
 
         Blocks that predict further tokens (MTP) are such. Masks of old checkpoints do not count.
         """
-        known = set(self.stored.values())
+        known = set(self.stored_names.values())
         return {
             key: info.shape
             for key, info in self.checkpoint.tensors.items()

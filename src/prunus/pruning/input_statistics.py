@@ -163,5 +163,5 @@ class _Parts:
     def join(self, path: Path) -> None:
         """Write one file of all parts."""
         checkpoint = Checkpoint(self._folder, only=self._files)
-        tensors = checkpoint.stored(checkpoint.tensors)
+        tensors = checkpoint.file_tensors(checkpoint.tensors)
         save_safetensors(path, tensors, {"statistics": json.dumps(self._linears)})

@@ -13,8 +13,8 @@ from prunus.engine.command import run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
+from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import OpenModel
 from prunus.engine.session import shown_session
 from prunus.methods.own_code import GIVEN
 from prunus.methods.table import Method

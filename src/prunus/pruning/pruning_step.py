@@ -41,7 +41,7 @@ def pruning_step(recipe: PruningOptions, options: RunOptions) -> LinearStep:
     method, work = _method_and_work(recipe, options.own_method)
     own = options.own_allocation
     if recipe.allocation not in ALLOCATION_NAMES.known:
-        own = own or ALLOCATION_NAMES.load(recipe.allocation)
+        own = own or ALLOCATION_NAMES.load_object(recipe.allocation)
         check_rule(own, recipe.allocation)
     by_loss = recipe.measures == "loss"
     function = options.own_method and options.own_method.function

@@ -318,7 +318,7 @@ def _write_blocks(
         block = replaced({f"{prefix}{name}": x for name, x in source.block(index).items()})
         relative = {name.removeprefix(prefix): x for name, x in block.items()}
         folder.write_shard(shard_name(index, count), source.as_stored(index, relative))
-    names = {key: name for name, key in source.stored.items()}
+    names = {key: name for name, key in source.stored_names.items()}
     outside = dict(source.checkpoint.read(source.outside_keys()))
     if outside:
         # The model has no name for some stored tensors.

@@ -16,8 +16,8 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import ranks
+from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import OpenModel
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.resolve import open_folder

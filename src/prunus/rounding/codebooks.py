@@ -200,7 +200,7 @@ def find_codewords(
     Raises:
         RuntimeError: More halves differ, or the grid has another number of columns.
     """
-    compiled = kernels.load() if target_WCO.is_cpu else None
+    compiled = kernels.load_kernels() if target_WCO.is_cpu else None
     if compiled is None:
         halves_WK = importance_WC @ grid_KC.square().T / 2
         return (halves_WK[:, None] - target_WCO.transpose(1, 2) @ grid_KC.T).min(2)

@@ -165,19 +165,18 @@ class CompressionRecipe(PresetOptions):
     tune: Annotated[
         int,
         Option(
-            "Train the scales of the rounded model on N tokens, towards the dense model. It takes "
-            "no bytes; 0 trains nothing.",
+            "Train scales on N tokens towards the dense model. They take no bytes; 0 trains nothing.",
             metavar="N",
             within=at_least(0, " tokens"),
-            default="by the preset",
+            default="by preset",
         ),
     ] = PRESETS["balanced"]["tune"]
     # The figures behind these defaults are in docs/results/index.md.
     dense_weight: DenseWeight = 0.25
     preset: Annotated[str, PresetOptions.declared()["preset"]] = "balanced"
-    samples: Annotated[
-        int, replace(PresetOptions.declared()["samples"], default="by the preset")
-    ] = PRESETS["balanced"]["samples"]
+    samples: Annotated[int, replace(PresetOptions.declared()["samples"], default="by preset")] = (
+        PRESETS["balanced"]["samples"]
+    )
 
     @classmethod
     def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class PlanRequest:
         """See `VocabularyWeights.roundable`. Empty if `head_bits` is none."""
         if self.recipe.head_bits == "none":
             return {}
-        return self.skeleton.vocabulary_weights.roundable(self.source.stored)
+        return self.skeleton.vocabulary_weights.roundable(self.source.stored_names)
 
     def limited(self, keeps: Callable[[str], bool]) -> PlanRequest:
         """The same without the linears for whose full name `keeps` is False."""
@@ -508,7 +508,7 @@ def compressible(request: PlanRequest, takes_pieces: bool) -> PlanRequest:
         NotImplementedError: No linear is left.
     """
     source = request.source
-    modules, stored = dict(request.skeleton.model.named_modules()), dict(source.stored)
+    modules, stored = dict(request.skeleton.model.named_modules()), dict(source.stored_names)
     if takes_pieces:
         stored |= {name: name for name in source.pieces}
     left = request.limited(
@@ -536,7 +536,7 @@ def parts_of(request: PlanRequest, tensors: Mapping[str, Any]) -> Counter[str]:
     # The embedding comes last, so that a tied head counts as embedding.
     named = {"output head": weights.head, "embeddings": weights.embedding}
     kinds = {
-        source.stored.get(f"{linear.name}.weight", linear.name).removesuffix(".weight"): kind
+        source.stored_names.get(f"{linear.name}.weight", linear.name).removesuffix(".weight"): kind
         for kind, linear in named.items()
         if linear is not None
     }

@@ -1,7 +1,7 @@
 """Structured pruning: remove whole experts and blocks, so a model is smaller.
 
 structure_record  the recipe of a run, and the file `prunus-structure.json` beside its result
-removal_plan      all checks before any work, and the smaller model without weights
+structure_plan    all checks before any work, and the smaller model without weights
 tensor_layout     which tensors a smaller block has, and whether it computes the same
 search            which blocks are removed
 step              one block: choose, cut and repair

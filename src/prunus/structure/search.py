@@ -24,7 +24,7 @@ from prunus.engine.run_plan import HashedSource
 from prunus.engine.session import Session
 from prunus.methods.divergence import kl_sum, log_probabilities
 from prunus.model.stream import Stream
-from prunus.structure.removal_plan import StructurePlan
+from prunus.structure.structure_plan import StructurePlan
 from prunus.structure.structure_record import SearchStep, StructureRecord
 
 # The search reads this many windows, cut to this many tokens, as one batch.

@@ -24,7 +24,7 @@ from prunus.distributed import on_rank_0
 from prunus.engine.command import Command, Run, run_verb
 from prunus.engine.folder import BlockFolder
 from prunus.engine.loop import FinishedBlock, run_blocks
-from prunus.engine.open_model import agreed_walks
+from prunus.engine.run_facts import agreed_walks
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_record import bos_words, result_card, source_name
 from prunus.engine.session import SILENT, Session, shown_session
@@ -32,9 +32,9 @@ from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.skeleton import names_in_model
 from prunus.options import takes
-from prunus.structure.removal_plan import SmallerModel, StructurePlan, plan_structure
 from prunus.structure.search import choose_blocks
 from prunus.structure.step import ShrinkStep
+from prunus.structure.structure_plan import SmallerModel, StructurePlan, plan_structure
 from prunus.structure.structure_record import StructureRecipe, StructureRecord, what_was_removed
 
 
@@ -162,7 +162,7 @@ class SmallerFolder(BlockFolder):
         repairs = (block.repair for block in self.record.blocks)
         return super().finished_seconds + sum(repair.seconds for repair in repairs if repair)
 
-    def stored(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
+    def shard_tensors(self, new_index: int, block: FinishedBlock) -> dict[str, Tensor]:
         """Stored name -> tensor of a block that has just been made."""
         names, fused = self._names(new_index)
         tensors = {key: block.tensors[name] for name, key in names.items()}
@@ -205,7 +205,7 @@ class SmallerFolder(BlockFolder):
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
-        self.write_shard(record.outside_shard, source.checkpoint.stored(keys))
+        self.write_shard(record.outside_shard, source.checkpoint.file_tensors(keys))
         shards = [*map(record.shard, range(record.shard_count))]
         written = Checkpoint(self.folder, only=shards)
         record.totals["parameters"] = _parameters(written)

@@ -32,7 +32,7 @@ from prunus.engine.reconstruction.reconstruct_block import (
 from prunus.engine.run_record import Walk
 from prunus.methods.structured import ExpertSums, kept_experts
 from prunus.model.stream import Stream
-from prunus.structure.removal_plan import ExpertPlan, SmallerModel, StructurePlan
+from prunus.structure.structure_plan import ExpertPlan, SmallerModel, StructurePlan
 from prunus.structure.structure_record import BlockChange, ExpertChange
 from prunus.structure.tensor_layout import experts_in, shapes_of, with_experts
 

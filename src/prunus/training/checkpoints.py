@@ -83,7 +83,7 @@ class Checkpoints:
             if path != self._best(state):
                 remove(path)
 
-    def load(
+    def load_state(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainingState | None:
         """Restore weights and moments, and return the state; None if there is nothing to resume.

@@ -139,7 +139,9 @@ class Training:
                 before any training.
         """
         parameters = self.learner.parameters
-        state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()
+        state = self.state = (
+            self.checkpoints.load_state(parameters, self.optimizer) or TrainingState()
+        )
         self.began = time.perf_counter() - state.seconds
         if not state.evaluations:
             self._evaluate()

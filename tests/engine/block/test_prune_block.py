@@ -207,8 +207,8 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
 
     free = available_memory()
     # Free and resident memory change during the test, so they are fixed here.
-    monkeypatch.setattr("prunus.engine.open_model.available_memory", lambda: free)
-    monkeypatch.setattr("prunus.engine.open_model.process_memory", lambda: 2**28)
+    monkeypatch.setattr("prunus.engine.run_facts.available_memory", lambda: free)
+    monkeypatch.setattr("prunus.engine.run_facts.process_memory", lambda: 2**28)
     roomy = plan(None)
     assert roomy.memory.budget == free - max(free // 10, 10**9)  # the rest is for others
     assert (roomy.walks[0], roomy.memory.spills) == ("lockstep", False)

@@ -17,7 +17,7 @@ from prunus.distributed import own_part, ranks, set_location
 from prunus.engine.block.hooks import find_expert_counters
 from prunus.engine.block.walks import WALKS, BlockWalk
 from prunus.engine.linear_plan import LinearPlan
-from prunus.engine.open_model import agreed_walks
+from prunus.engine.run_facts import agreed_walks
 from prunus.engine.run_plan import HashedSource
 from prunus.engine.session import Session
 from prunus.methods.statistics import InputStatistics, Needs, StatisticsSpec

@@ -243,7 +243,7 @@ def _train(
     end = weights.snapshot()
 
     def error_at(fraction: float) -> float:
-        weights.load(weights.interpolate(end, fraction))
+        weights.assign(weights.interpolate(end, fraction))
         return objective.validate()
 
     for fraction, error in _interpolations(before, after, error_at):
@@ -310,7 +310,7 @@ def _run_epochs(
             optimizer.step()
             optimizer.zero_grad()
             # The next forward pass uses the new masters, rounded if the block is in bfloat16.
-            weights.load(masters)
+            weights.assign(masters)
             steps += 1
         objective.step_seconds = (time.perf_counter() - started) / len(train)
         if stopped is not None or (epoch + 1) % interval == 0 or epoch + 1 == options.epochs:
@@ -435,7 +435,7 @@ class TrainedWeights:
         return {name: self.start[name].float().lerp(last, fraction) for name, last in end.items()}
 
     @torch.no_grad()
-    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put values, by relative name, into the block's parameters, rounded to their dtypes."""
         for name, parameter in self.parameters.items():
             if values[name] is not parameter:

@@ -153,7 +153,7 @@ def bytes_of(
     if tensor.values is not None:
         return tensor.values()
     # Pieces of one tensor that have no type are in the shards as that tensor.
-    keys = [source.stored.get(name, name) for name in tensor.sources]
+    keys = [source.stored_names.get(name, name) for name in tensor.sources]
     parts = [shards.whole(x) if x in shards.tensors else source.weight(x) for x in keys]
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     rows = rows if tensor.rows is None else rows[tensor.rows]

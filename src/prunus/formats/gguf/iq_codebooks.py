@@ -77,7 +77,7 @@ class CodebookBlock(CodebookQuantizer):
     def pack(self, spans: Spans) -> Tensor:
         """The bytes of spans, uint8 (N, K), whose magnitudes are codewords."""
         codes_NG = (spans.codes_NG.long() - 1) // 2
-        compiled = kernels.load() if codes_NG.is_cpu else None
+        compiled = kernels.load_kernels() if codes_NG.is_cpu else None
         if compiled is None:
             packed_NK = self._pack_in_torch(spans.levels_NB, codes_NG)
         else:
@@ -115,7 +115,7 @@ class CodebookBlock(CodebookQuantizer):
     def unpack(self, data_NK: Tensor) -> Spans:
         """The parts of spans of bytes, uint8 (N, K): the inverse of `pack`."""
         packed_NK = data_NK[:, 2:].contiguous()
-        compiled = kernels.load() if data_NK.is_cpu else None
+        compiled = kernels.load_kernels() if data_NK.is_cpu else None
         if compiled is None:
             levels_NB, codes_NG = self._unpack_in_torch(packed_NK)
         else:

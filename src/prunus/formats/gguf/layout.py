@@ -132,9 +132,9 @@ def block_of(name: str) -> int:
 def weights_stored_once(source: CheckpointSource, skeleton: Skeleton) -> dict[str, str]:
     """Name in the model -> stored name, of each weight of a checkpoint; of tied ones the first."""
     state = skeleton.model.state_dict(keep_vars=True)
-    stored = [name for name in state if name in source.stored]
+    stored = [name for name in state if name in source.stored_names]
     first = {id(state[name]): name for name in reversed(stored)}
-    return {name: source.stored[name] for name in stored if first[id(state[name])] == name}
+    return {name: source.stored_names[name] for name in stored if first[id(state[name])] == name}
 
 
 def layout_of(source: CheckpointSource, skeleton: Skeleton) -> GgufLayout:

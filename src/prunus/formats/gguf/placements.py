@@ -52,7 +52,7 @@ _CHANGES = (lambda x: x, lambda x: x + 1, lambda x: -x.exp())
 def weight_shapes(source: CheckpointSource, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a checkpoint; what the model lacks has its stored name."""
     shapes = {name: tuple(x.shape) for name, x in skeleton.model.state_dict().items()}
-    unknown = source.checkpoint.tensors.keys() - set(source.stored.values())
+    unknown = source.checkpoint.tensors.keys() - set(source.stored_names.values())
     return shapes | {key: source.checkpoint.tensors[key].shape for key in sorted(unknown)}
 
 
@@ -146,7 +146,7 @@ class _Weights:
     def __init__(self, source: CheckpointSource, skeleton: Skeleton) -> None:
         self.source, self.skeleton = source, skeleton
         self.shapes = weight_shapes(source, skeleton)
-        self.unknown = source.checkpoint.tensors.keys() - set(source.stored.values())
+        self.unknown = source.checkpoint.tensors.keys() - set(source.stored_names.values())
         stored = {*weights_stored_once(source, skeleton), *source.pieces, *self.unknown}
         self.numbers = {name: x for x, name in enumerate(self.shapes) if name in stored}
         self._inside = re.compile(re.escape(skeleton.path) + r"\.(\d+)\.").match
@@ -272,7 +272,7 @@ class _Comparison:
 
     def own_name(self, name: str) -> str:
         """The name that the file has for a weight by llama.cpp's table; empty if not known."""
-        key = self.weights.source.stored.get(name, name).replace("language_model.", "")
+        key = self.weights.source.stored_names.get(name, name).replace("language_model.", "")
         return self.name_of(key) or ""
 
     def _compare_block(self, block: int) -> None:

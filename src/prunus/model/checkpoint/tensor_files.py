@@ -248,7 +248,7 @@ class Checkpoint:
         info = self.tensors[name]
         return next(self.pieces(name, info.nbytes // info.shape[0])).view(info.shape[1:])
 
-    def stored(self, names: Iterable[str]) -> dict[str, FileTensor]:
+    def file_tensors(self, names: Iterable[str]) -> dict[str, FileTensor]:
         """Stored name -> a tensor that is read piece by piece only when it is written to a result.
 
         Writing raises ValueError, which names the tensor, where a value is not finite.

@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.open_model import open_model, run_facts
+from prunus.engine.open_model import OpenModel, open_model
+from prunus.engine.run_facts import run_facts
 from prunus.engine.run_options import RunOptions
-from prunus.engine.run_plan import (
-    OpenModel,
-    RunPlan,
-    windows_per_batch,
-    with_memory,
-)
+from prunus.engine.run_plan import RunPlan, windows_per_batch, with_memory
 from prunus.engine.session import SILENT, Session
 from prunus.model.config import (
     blocks_that_take_images,
