@@ -165,7 +165,8 @@ class CompressionRecipe(PresetOptions):
     tune: Annotated[
         int,
         Option(
-            "Train scales on N tokens towards the dense model. They take no bytes; 0 trains nothing.",
+            "Train scales on N tokens towards the dense model. They take no bytes; 0 trains "
+            "nothing.",
             metavar="N",
             within=at_least(0, " tokens"),
             default="by preset",
