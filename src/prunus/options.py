@@ -100,11 +100,14 @@ class Options(BaseModel, metaclass=_OptionsType):
 
     @classmethod
     def declared(cls) -> dict[str, Option]:
-        """The options by name, in the order of the help: a model's own before inherited ones."""
+        """The options by name, in the order of the help: a model's own before inherited ones.
+
+        An inherited option with another default stays in its place.
+        """
         names = [name for kind in cls.__mro__ for name in vars(kind).get("__annotations__", ())]
         return {
             name: declaration
-            for name in dict.fromkeys(names)
+            for name in [*dict.fromkeys(reversed(names))][::-1]
             if name in cls.model_fields
             for declaration in cls.model_fields[name].metadata
             if isinstance(declaration, Option)

@@ -231,7 +231,6 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
         ({"reconstruct": "last"}, "reconstruct is not an option here"),
         ({"propagate": "block", "dense_weight": 0}, "propagate is not an option here"),
         ({"head": True}, "head is not an option here"),
-        ({"preset": "best"}, "preset is not an option here"),
         ({"pattern": "2:4"}, "no file of compress gets smaller by zeros; use prunus prune"),
         ({"method": "alps"}, "method is not an option here"),
     ],

@@ -1,4 +1,4 @@
-"""`tune` trains scales and norms of a rounded model. Its integers and its bytes stay as many."""
+"""`tune` trains the scales of a rounded model. Its integers and its bytes stay as many."""
 
 import json
 

@@ -50,6 +50,9 @@ def test_a_plan_of_prune_and_of_compress_has_seconds(tmp_path):
         plan = prunus.plan(model, tmp_path / "x", **text, **options)
         assert plan["seconds"] is not None
         assert dict(plan_facts(plan).items)["time"].startswith("about")
+    assert list(plan["preset_seconds"]) == ["fast", "balanced", "best"]
+    assert plan["preset_seconds"]["balanced"] == plan["seconds"]
+    assert all(plan["preset_seconds"].values())
     assert prunus.plan(model, blocks=1, **text)["seconds"] is None
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prunus.pruning.recipe import PRESETS, Recipe
+from prunus.pruning.recipe import Recipe
 from prunus.words import parse_bytes
 from refusals import assert_refused
 
@@ -183,10 +183,10 @@ def test_sizes():
         )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", Recipe.PRESETS)
 def test_a_preset_fills_in_what_the_user_leaves_open(name):
     chosen = Recipe(preset=name)
-    for key, value in PRESETS[name].items():
+    for key, value in Recipe.PRESETS[name].items():
         assert getattr(chosen, key) == value
     other = Recipe(preset=name, sparsity=0.7, seed=3, damping=0.2)
     assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)

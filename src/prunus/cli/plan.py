@@ -71,8 +71,9 @@ def plan(
 
     Returns:
         The plan as JSON values; see `describe` of the plan of each command. `needs` has the parts
-        of `fits`, and `written` the files. `seconds` is how
-        long the run takes, from a trial of a few windows; None if that is unknown.
+        of `fits`, and `written` the files. `seconds` is how long the run takes, from a trial of a
+        few windows; None if that is unknown. `preset_seconds` has the same of each preset of
+        compress, if none was given.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: The run would
@@ -116,12 +117,19 @@ def plan(
     else:
         described = plan.describe()
     described |= {"command": command or default, "written": written, "needs": needs}
-    described["seconds"] = None
+    described |= {"seconds": None, "preset_seconds": {}}
     if not (written or needs):
         # What was planned until now is planned by the run too.
         planning = time.perf_counter() - started
         working = run.forecast(plan)
         described["seconds"] = working and round(planning + working, 1)
+        if (command or default) == "compress" and recipe is None and given.get("preset") is None:
+            for preset in CompressionRecipe.PRESETS if working else ():
+                seconds = working
+                if preset != run.recipe.preset:
+                    other = kind.of(model, output, None, {**work, **given, "preset": preset})
+                    seconds = other.forecast(run_verb(other, plan_only=True))
+                described["preset_seconds"][preset] = seconds and round(planning + seconds, 1)
     return described
 
 

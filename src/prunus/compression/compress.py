@@ -11,6 +11,7 @@ import torch
 
 from prunus.compression.type_rounding import try_types, type_rounding
 from prunus.distributed import ranks
+from prunus.distributed.group import started_by_torchrun
 from prunus.engine.command import Run, run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
@@ -93,12 +94,19 @@ class Compression(LinearCommand[CompressionRecord]):
         """Where the result is written, which the format says; None for nowhere."""
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
+    @classmethod
+    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
+        """See `Command`. Of several processes, no preset trains."""
+        if started_by_torchrun() and recipe is None:
+            given = {"tune": 0} | given
+        return super().read(model, recipe, given)
+
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""
         recipe = self.recipe
         if recipe.tune and ranks().size > 1:
             raise ValueError(
-                "`tune` trains in one process: run compress without torchrun, or leave `tune` out"
+                "`tune` trains in one process: run compress without torchrun, or give `tune` 0"
             )
         options = MethodOptions(damping=recipe.damping, dense_weight=recipe.dense_weight)
         return LinearStep(
@@ -115,7 +123,7 @@ class Compression(LinearCommand[CompressionRecord]):
 
     def trial(self, plan: LinearPlan, windows: torch.Tensor) -> Trial:
         """The types as well; see `LinearCommand.trial`."""
-        return try_types(plan, windows)
+        return try_types(plan, windows, self.recipe.tune)
 
     def rounding(self, run: Run[LinearPlan, CompressionRecord]) -> Rounding:
         """The types of least loss."""

@@ -1,18 +1,20 @@
-"""After the last block: scales and norms of a rounded model learn from the dense one.
+"""After the last block: the scales of a rounded model learn from the dense one.
 
-The integers of all weights stay as they are. Each scale is multiplied by a factor, which takes no
-bytes, and norms and biases change too. They are trained to lower the Kullback-Leibler divergence
-of the next-token distributions from those of the dense model:
+The integers of all weights stay as they are, and each scale is multiplied by a factor, which takes
+no bytes. The factors are trained to lower the Kullback-Leibler divergence of the next-token
+distributions from those of the dense model:
 
     dense model    ► the last hidden states of all windows, stored once
     rounded model  ► for each step: forward block by block ► loss ► backward block by block
 
-Only the inputs of the blocks are kept between the two ways of a step, as in gradient checkpointing.
-Blocks are decoded from the shards of the result when their turn comes, and stay in memory if they
-all fit. So a model whose result fits in memory can be trained, whatever its checkpoint takes.
+Where memory allows, decoded blocks stay in it, and so does what the forward pass computes for the
+backward pass. Else blocks are decoded from the shards of the result when their turn comes, and only
+their inputs are kept, as in gradient checkpointing. So a model whose result fits in memory can be
+trained, whatever its checkpoint takes.
 
 The rate is proportional to the divergence before the training (`_RATE`): the errors of scales are
-about as large as those of weights, whose squares the divergence grows with.
+about as large as those of weights, whose squares the divergence grows with. Norms do not learn:
+they win nothing, and on Gemma 3 they take most of the gain away (docs/notes/rounding.md).
 
 Shape suffixes: W windows, S tokens per window; O outputs (rows), I inputs, F factors of a row.
 """
@@ -21,7 +23,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,13 +39,13 @@ from prunus.engine.linear_plan import LinearPlan
 from prunus.engine.output import ShardFolder
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.formats.codec import Codec, rescale
-from prunus.hardware.machine import available_memory, peak_memory
+from prunus.hardware.machine import peak_memory
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
-from prunus.rounding.loss_sensitivity import rounded_products
+from prunus.rounding.loss_sensitivity import rounded_dtype, rounded_products
 from prunus.rounding.size_plan import size_plan_of
 from prunus.rounding.type_choice import TypeChoice
 from prunus.training.checkpoints import Checkpoints
@@ -53,13 +56,17 @@ from prunus.training.loss import next_token_loss
 _STEP_TOKENS = 512
 # The windows that are held out, to choose among the states of the training.
 _HELD_OUT = 16
+# How often they are scored, beside the start and the end.
+_EVALUATIONS = 8
 # The peak rate of the logarithms of factors, in units of the divergence before the training.
 _RATE = 0.005
 # The most columns that have a factor of their own: more factors learn more noise.
 _COLUMNS = 256
-# The share of free memory that decoded blocks may take, so that they are decoded only once, and
-# the share that hidden states may take.
-_DECODED_SHARE, _STATES_SHARE = 0.5, 0.2
+# The share of the memory budget that decoded blocks, and what the backward pass needs of them, may
+# take, and the share of hidden states.
+_KEPT_SHARE, _STATES_SHARE = 0.5, 0.2
+# Its multiples, without their whole parts, are spread evenly from 0 to 1.
+_GOLDEN = (5**0.5 - 1) / 2
 # The file that keeps what was learnt while the shards are written.
 _LEARNT = "tuned.safetensors"
 
@@ -70,7 +77,7 @@ def tune(
     choice: TypeChoice,
     folder: ShardFolder,
 ) -> None:
-    """Train scales, norms and biases of all shards of a run, and write what lowers the loss.
+    """Train the scales of all shards of a run, and write what lowers the loss.
 
     A killed run continues from the last evaluation, to the same bytes.
 
@@ -82,15 +89,21 @@ def tune(
     """
     record, checkpoints = run.record, Checkpoints(folder.folder)
     shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
+    text = _text_of(run) if shards.factors else None
+    if text is None:
+        why = "the calibration text is too short" if shards.factors else "no weight has such scales"
+        run.session.tell(f"No scales are trained: {why}.")
+        return
     if record.tuning is None:
         with contextlib.ExitStack() as stack:
-            learner = _RoundedLearner(run, shards, stack)
+            learner = _RoundedLearner(run, shards, text, stack)
             schedule = Schedule(
                 tokens=record.recipe.tune,
                 step_tokens=learner.step_tokens,
                 rate=_RATE,
                 by_loss=True,
                 warmup=0.1,
+                evaluations=_EVALUATIONS,
                 betas=(0.9, 0.95),
             )
             training = Training(learner, schedule, checkpoints, learner.report)
@@ -119,12 +132,57 @@ def tune(
     remove(path)
 
 
+def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
+    """How long `tune` takes, from a step of one block and of the head of the dense model.
+
+    Args:
+        plan: The run.
+        windows: Windows of any tokens (windows, tokens), at least one.
+        tokens: What it trains on.
+    """
+    count = max(1, _STEP_TOKENS // windows.shape[1])
+    ids, skeleton, middle = windows[:count], plan.skeleton, min(1, len(plan.skeleton) - 1)
+    steps = math.ceil(tokens / ids.numel())
+    held_out = math.ceil(_HELD_OUT / count)
+    stream, taken = Stream(skeleton, plan.source, plan.device), list[float]()
+
+    def timed(work: Callable[[], Tensor]) -> Tensor:
+        started = time.perf_counter()
+        with rounded_products(stream):
+            result = work()
+        taken.append(time.perf_counter() - started)
+        return result
+
+    with contextlib.closing(stream), torch.no_grad():
+        stream.embed([ids], None)
+        hidden = stream.states.get(0)
+        skeleton.fill(middle, plan.source.block(middle), plan.device)
+        run = stream.call(middle)
+        timed(lambda: run(hidden))
+        with torch.enable_grad():
+            inputs = hidden.detach().requires_grad_()
+            output = timed(lambda: run(inputs))
+            timed(lambda: (output.backward(torch.ones_like(output)), hidden)[1])
+        skeleton.release(middle)
+        with skeleton.outside_blocks(plan.source.read_outside, plan.device, with_head=True):
+            dense = timed(lambda: skeleton.logits(ids, hidden))
+            state = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = timed(lambda: next_token_loss(skeleton.logits(ids, state), ids, dense))
+                timed(lambda: (loss.backward(), dense)[1])
+    forward, with_graph, backward, head, loss_of, back = taken
+    step = len(skeleton) * (with_graph + backward) + head + loss_of + back
+    # The states of both models at first, and ten evaluations beside the steps.
+    passes = len(skeleton) * forward
+    evaluations = (_EVALUATIONS + 2) * held_out * (passes + head + loss_of)
+    return steps * step + (steps + held_out) * passes + evaluations
+
+
 class _Shards:
     """The rounded model in the shards of a run: a `WeightSource` of dense weights.
 
     Attributes:
         factors: Full name of each weight whose scales are trained -> the shape of its factors.
-        vectors: Names of the norms and biases that are trained -> their lengths.
     """
 
     def __init__(
@@ -137,6 +195,8 @@ class _Shards:
         self.factors: dict[str, tuple[int, int]] = {}
         for block in self.record.blocks:
             for linear, what in block.linears.items():
+                if "kept_values" in what.notes:
+                    continue  # It lost nothing.
                 quantizer = choice.quantizers[f"{block.name}.{linear}"]
                 if not quantizer.has_coarse_scale:
                     spans = what.shape[1] // quantizer.span
@@ -146,11 +206,6 @@ class _Shards:
                         if spans % x == 0 and (x == 1 or x * quantizer.span <= _COLUMNS)
                     )
                     self.factors[f"{block.name}.{linear}.weight"] = (what.shape[0], spans // shared)
-        self.vectors = {
-            name: len(x)
-            for name, x in plan.skeleton.model.named_parameters()
-            if x.dim() == 1 and name in self.source.stored_names
-        }
 
     def bind(self, skeleton: Skeleton) -> None:
         """The source is bound already."""
@@ -169,8 +224,8 @@ class _Shards:
 
     def read_outside(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors outside the blocks by the model's names, with embedding and head dense."""
-        tensors, storage = self._read(self.record.outside_shard), size_plan_of(self.plan)
-        for name in storage.outside:
+        tensors = self._read(self.record.outside_shard)
+        for name in size_plan_of(self.plan).outside:
             key = self.source.weight_key(name)
             tensors[key] = self.codec.decode(key, tensors, self.choice.quantizers[name])
         keys = self.source.stored_names
@@ -186,17 +241,13 @@ class _Shards:
         tensors = self._read(shard)
         blocks = {self.record.shard(i): f"{x.name}." for i, x in enumerate(self.record.blocks)}
         for name, change in learnt.items():
-            inside = name.startswith(f"{self.plan.skeleton.path}.")
-            if inside and not name.startswith(blocks.get(shard, " ")):
-                continue
-            if name in self.factors:
+            if name.startswith(blocks.get(shard, " ")):
                 module = name.removesuffix(".weight")
                 quantizer = self.choice.quantizers[module]
                 key = self.source.weight_key(module)
                 spans = self._columns(module) // quantizer.span
-                rescale(self.codec, key, tensors, quantizer, _spread(change, spans).flatten(1))
-            elif (key := self.source.stored_names[name]) in tensors:
-                tensors[key] = changed(tensors[key], change)
+                factor_OS = change.exp().repeat_interleave(spans // change.shape[1], dim=1)
+                rescale(self.codec, key, tensors, quantizer, factor_OS)
         return tensors
 
     def _columns(self, module: str) -> int:
@@ -208,37 +259,17 @@ class _Shards:
         return dict(opened.read(opened.tensors))
 
 
-def _spread(logarithm_OF: Tensor, count: int) -> Tensor:
-    """Trained factors as a view (O, F, count // F): one for each of `count` columns or spans."""
-    return logarithm_OF.exp()[..., None].expand(-1, -1, count // logarithm_OF.shape[1])
-
-
-def unit_of(vector: Tensor) -> Tensor:
-    """The unit of changes of a norm or a bias: its root mean square, or 1 where all are zero.
-
-    >>> unit_of(torch.tensor([3.0, -3.0])), unit_of(torch.zeros(2))
-    (tensor(3.), tensor(1.))
-    """
-    rms = vector.square().mean().sqrt()
-    return torch.where(rms > 0, rms, torch.ones_like(rms))
-
-
-def changed(vector: Tensor, change: Tensor) -> Tensor:
-    """A norm or a bias after a change in its `unit_of`, in its dtype."""
-    before = vector.float()
-    return (before + unit_of(before) * change).to(vector.dtype)
-
-
 class _RoundedLearner(Learner):
     """The rounded model, which learns from the dense one; see the top of this file.
 
     Args:
         run: The run.
         shards: The rounded model.
+        text: The windows.
         stack: Ends what stays open while the model learns.
 
     Attributes:
-        parameters: Logarithms of factors (O, F), and changes of norms and biases, all 0 at first.
+        parameters: Logarithms of factors (O, F), all 0 at first.
         batch: The windows of a step.
         step_tokens: Its tokens.
         text: The windows.
@@ -248,29 +279,33 @@ class _RoundedLearner(Learner):
         self,
         run: Run[LinearPlan, CompressionRecord],
         shards: _Shards,
+        text: TrainingText,
         stack: contextlib.ExitStack,
     ) -> None:
         plan = self._plan = run.plan
         self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
-        self.text = _text_of(run)
+        self.text = text
         self.batch = max(1, _STEP_TOKENS // self.text.held_out.shape[1])
         self.step_tokens = self.batch * self.text.held_out.shape[1]
         steps = self._steps = math.ceil(run.record.recipe.tune / self.step_tokens)
         self._ids = [self.text.windows(i * self.batch, self.batch) for i in range(steps)]
         self._ids += self.text.held_out.split(self.batch)
         self._learnt: Mapping[str, Tensor] | None = None
-        shapes: dict[str, Any] = shards.factors | shards.vectors
         self.parameters = {
             name: nn.Parameter(torch.zeros(shape, device=plan.device))
-            for name, shape in shapes.items()
+            for name, shape in shards.factors.items()
         }
         self._decoded: set[int] = set()
         size = sum(map(shards.block_nbytes, range(len(plan.skeleton))))
         size = size // plan.source.stored_dtype.itemsize * plan.skeleton.dtype.itemsize
-        self._keeps = size <= _DECODED_SHARE * available_memory()
+        # Weights as they were and with their factors, and inputs and outputs of linears, twice.
+        values = sum(sum(x.shape) for x in plan.skeleton.blocks.parameters() if x.dim() > 1)
+        size = 2 * size + 4 * self.step_tokens * values * plan.skeleton.dtype.itemsize
+        self._keeps = size <= _KEPT_SHARE * plan.memory.budget
         width = plan.skeleton.window_shape(0, 1)[1]
         states = sum(x.numel() for x in self._ids) * width * plan.skeleton.dtype.itemsize
-        spill_to = run.spill_folder if 2 * states > _STATES_SHARE * available_memory() else None
+        spills = 2 * states > _STATES_SHARE * plan.memory.host_budget
+        spill_to = run.spill_folder if spills else None
         dense = Stream(plan.skeleton, plan.source, plan.device)
         self._rounded = Stream(plan.skeleton, shards, plan.device)
         stack.callback(dense.close)
@@ -292,14 +327,6 @@ class _RoundedLearner(Learner):
             stack.enter_context(
                 skeleton.outside_blocks(source.read_outside, plan.device, with_head=True)
             )
-        inside = f"{plan.skeleton.path}."
-        named = dict(plan.skeleton.model.named_parameters())
-        # Norms after the blocks are trained in place, from these values.
-        self._outside = {
-            name: (named[name], named[name].detach().float().clone())
-            for name in shards.vectors
-            if not name.startswith(inside)
-        }
 
     def add_gradients(self, step: int) -> float:
         """See `Learner`."""
@@ -340,26 +367,19 @@ class _RoundedLearner(Learner):
 
     def _pass(self, number: int, learns: bool) -> float:
         """The mean divergence on a batch of windows; with `learns`, gradients are added."""
-        for name, (parameter, before) in self._outside.items():
-            change = self.parameters[name].detach()
-            parameter.data = changed(before, change).to(parameter.dtype)
-            parameter.requires_grad_(learns)
-        hidden, inputs = self._rounded.states.get(number), list[Tensor]()
-        for index in range(len(self._skeleton)):
-            inputs.append(hidden)
-            with torch.no_grad(), rounded_products(self._rounded):
-                hidden = self._run(index, hidden)
+        hidden, blocks = self._rounded.states.get(number), range(len(self._skeleton))
+        passed: list[tuple[Tensor, Tensor]] = []
+        for index in blocks:
+            inputs = hidden.detach().requires_grad_(learns and index > 0)
+            with torch.set_grad_enabled(learns and self._keeps):
+                hidden = self._run(index, inputs)
+            passed.append((inputs, hidden))
         loss, gradient = self._compare(number, hidden, learns)
-        for index in reversed(range(len(self._skeleton)) if learns else ()):
-            hidden = inputs.pop().detach().requires_grad_(index > 0)
-            with rounded_products(self._rounded):
-                output = self._run(index, hidden)
+        for index in reversed(blocks if learns else ()):
+            inputs, hidden = passed.pop()
+            output = hidden if self._keeps else self._run(index, inputs)
             output.backward(gradient.to(output.dtype))
-            gradient = hidden.grad if hidden.grad is not None else gradient
-        for name, (parameter, before) in self._outside.items() if learns else ():
-            assert parameter.grad is not None
-            self.parameters[name].grad = parameter.grad.float() * unit_of(before)
-            parameter.grad = None
+            gradient = inputs.grad if inputs.grad is not None else gradient
         return loss
 
     def _compare(self, number: int, hidden: Tensor, learns: bool) -> tuple[float, Tensor]:
@@ -386,26 +406,28 @@ class _RoundedLearner(Learner):
         weights: dict[str, Tensor] = {}
         for relative, before in block.named_parameters() if self._learnt is None else ():
             full = f"{name}.{relative}"
-            if full in self._shards.factors:
+            if full in self.parameters:
                 weights[relative] = self._scaled(full, before)
-            elif full in self.parameters:
-                weights[relative] = changed(before, self.parameters[full])
 
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             return functional_call(block, weights, args, kwargs)
 
-        output = self._rounded.call(index, with_weights)(hidden)  # type: ignore[arg-type]
+        with rounded_products(self._rounded):
+            output = self._rounded.call(index, with_weights)(hidden)  # type: ignore[arg-type]
         if not self._keeps:
             self._skeleton.release(index)
             self._decoded.discard(index)
         return output
 
-    def _scaled(self, name: str, before: Tensor) -> Tensor:
-        """A weight (O, I) times its factors."""
-        factors = _spread(self.parameters[name], before.shape[1])
-        if order := self._shards.choice.quantizers[name.removesuffix(".weight")].columns:
-            factors = factors.flatten(1)[:, torch.tensor(order).argsort()]
-        return (before.float().view_as(factors) * factors).flatten(1).to(before.dtype)
+    def _scaled(self, name: str, before_OI: Tensor) -> Tensor:
+        """A weight times its factors."""
+        order = self._shards.choice.quantizers[name.removesuffix(".weight")].columns
+        step = torch.finfo(rounded_dtype(self._rounded)).eps
+        if not order:
+            return _Scaled.apply(before_OI, self.parameters[name], step)
+        columns = torch.tensor(order, device=before_OI.device)
+        sorted_OI = _Scaled.apply(before_OI[:, columns], self.parameters[name], step)
+        return sorted_OI[:, columns.argsort()]
 
     def _filled(self, index: int) -> nn.Module:
         """A block with the weights that it had before the training, or as they will be stored."""
@@ -422,10 +444,40 @@ class _RoundedLearner(Learner):
         self._decoded.clear()
 
 
-def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText:
-    """The windows of the source of the calibration, or those that the caller gave."""
+class _Scaled(torch.autograd.Function):
+    """A weight (O, I) whose columns are multiplied by the factors (O, F) of their parts.
+
+    The gradient of the logarithm of a factor is the sum of gradient times weight over its part.
+
+    Before, weights lie on the grid of the dtype of the products, and a change of less than half a
+    step would leave all of them as they are. So each column is changed by another share of a step
+    too, and the change moves as large a part of the columns to the next step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, before_OI: Tensor, change_OF: Tensor, step: float) -> Tensor:
+        # One pass over memory, in which only the small change is rounded to the weight's dtype.
+        before_OFC = before_OI.unflatten(1, (change_OF.shape[1], -1))
+        columns = torch.arange(before_OFC.shape[2], device=before_OI.device)
+        share_C = (columns * _GOLDEN) % 1 - 0.5
+        small_OFC = change_OF.expm1()[..., None] + share_C * step
+        after_OFC = torch.addcmul(before_OFC, before_OFC, small_OFC.to(before_OI.dtype))
+        ctx.save_for_backward(after_OFC)
+        return after_OFC.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
+        (after_OFC,) = ctx.saved_tensors
+        gradient_OFC = outer[0].reshape(after_OFC.shape)
+        return None, torch.linalg.vecdot(gradient_OFC, after_OFC).float(), None
+
+
+def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText | None:
+    """The text of the calibration, or the windows that the caller gave; None if it is too short."""
     plan, recipe = run.plan, run.plan.recipe
-    if plan.options.calibration_data is not None:
-        held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
-        return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
-    return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
+    with contextlib.suppress(ValueError):
+        if plan.options.calibration_data is not None:
+            held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
+            return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
+        return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
+    return None

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.compression.tuning import tune
+from prunus.compression.tuning import tune, tuning_seconds
 from prunus.distributed import on_rank_0, tensors_from_rank_0
 from prunus.engine.block.change_block import BlockChanger
 from prunus.engine.calibration_windows import calibration_windows
@@ -356,12 +356,13 @@ def _sampled_rows(
     return some_R, (total_O[-1] / count / cost_O[some_R]).float()
 
 
-def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
+def try_types(plan: LinearPlan, windows: Tensor, tune_tokens: int) -> Trial:
     """Measure two blocks, and give all others the types of theirs.
 
     Args:
         plan: The run.
         windows: Some of its windows (windows, tokens).
+        tune_tokens: The tokens of `tune`; 0 for none.
     """
     size_plan, path = size_plan_of(plan), f"{plan.skeleton.path}."
     seconds, measurement = 0.0, size_plan.lasting
@@ -389,7 +390,7 @@ def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
     choice = size_plan.choose(measurement)
 
     def after(changer: BlockChanger, batches: list[Tensor]) -> float:
-        """Seconds of the statistics of the head, and of rounding what lies outside the blocks."""
+        """Seconds of the statistics of the head, of rounding outside the blocks, and of `tune`."""
         started, head = time.perf_counter(), None
         if plan.recipe.rounds == "feedback" and size_plan.head in choice.importances:
             head = changer.head_statistics(batches)
@@ -401,6 +402,6 @@ def try_types(plan: LinearPlan, windows: Tensor) -> Trial:
                 started = time.perf_counter()
                 rounded_outside(plan, name, choice, of_head, _TRIED_ROWS)
                 taken += max(0.0, parts) * (time.perf_counter() - started)
-        return taken
+        return taken + (tuning_seconds(plan, windows, tune_tokens) if tune_tokens else 0.0)
 
     return Trial(seconds, choice.rounding, after)

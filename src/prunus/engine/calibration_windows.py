@@ -13,7 +13,7 @@ import torch
 from prunus.calibration.sources import TextSource, WindowSource, are_texts, find_source
 from prunus.calibration.windows import WindowRequest, Windows, check_ids, hash_ids
 from prunus.distributed import on_rank_0
-from prunus.engine.run_options import RunOptions, WindowOptions
+from prunus.engine.run_options import GIVEN, RunOptions, WindowOptions
 from prunus.engine.run_plan import RunPlan
 from prunus.engine.run_record import WindowInputs
 from prunus.model.kinds import IMAGES, kind_of
@@ -48,17 +48,18 @@ def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     >>> given_windows("c4")
     ({}, {'calibration': 'c4'})
     """
+    texts, images, ids = GIVEN
     data = {"calibration_data": calibration}
     if are_texts(calibration):
-        return data, {"calibration": "texts"}
+        return data, {"calibration": texts}
     if not isinstance(calibration, torch.Tensor):
         return {}, {"calibration": None if calibration is None else str(calibration)}
     shape = tuple(calibration.shape)
     is_float = calibration.dtype.is_floating_point
     if calibration.numel() and len(shape) == 4 and is_float:
-        return data, {"calibration": "pixel values", "samples": shape[0]}
+        return data, {"calibration": images, "samples": shape[0]}
     if calibration.numel() and len(shape) == 2 and not is_float:
-        return data, {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
+        return data, {"calibration": ids, "samples": shape[0], "seqlen": shape[1]}
     raise ValueError(
         f"token ids must be integers (windows, tokens), got {calibration.dtype} {shape}; "
         "pixel values of images are floats (samples, channels, height, width)"

@@ -38,7 +38,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
 from prunus.words import about, counted
 
-# From this number of batches on, which the default windows have, a run says how long it takes. The
+# From this number of batches on, as the windows of prune have, a run says how long it takes. The
 # trial takes 0.6 to 1.7 % of such a run, and up to a fifth of a run of 2 batches.
 _MANY_BATCHES = 64
 # Held by the run that computes on one processor thread.

@@ -8,9 +8,9 @@ torch.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -18,6 +18,7 @@ from prunus.engine.run_options import WindowOptions
 from prunus.methods.allocation import check_glob
 from prunus.methods.method_options import UpdateOptions
 from prunus.options import Option, at_least
+from prunus.words import did_you_mean
 
 #: Heading of these options in --help.
 SELECTION = "Allocation and selection"
@@ -81,6 +82,17 @@ class LinearOptions(UpdateOptions, WindowOptions):
         ),
     ] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        # Of a damaged record it is no dict, which pydantic refuses next.
+        return cls.filled_in(values) if isinstance(values, dict) else values
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options with those that follow from them."""
+        return values
+
     @model_validator(mode="after")
     def _options_fit_together(self) -> LinearOptions:
         self.check_fit()
@@ -128,3 +140,53 @@ class LinearOptions(UpdateOptions, WindowOptions):
                 check_glob(option, glob, names)
         if not any(self.selects(name) for name in names):
             raise ValueError("`only` and `ignore` leave no linear to prune")
+
+
+class PresetOptions(LinearOptions):
+    """Options of a command that has presets.
+
+    Attributes:
+        PRESETS: Name -> options, which are chosen by measurement.
+        preset: One of these names; None for none.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    preset: Annotated[
+        str | None,
+        Option(
+            "Take a tested set of options: fast, balanced or best. Explicit options override a "
+            "preset.",
+            metavar="PRESET",
+            suggestions=lambda: ("fast", "balanced", "best"),
+        ),
+    ] = None
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options on top of those of their preset.
+
+        Raises:
+            ValueError: The preset is unknown.
+        """
+        name = values.get("preset")
+        if name is not None and name not in cls.PRESETS:
+            raise ValueError(
+                f"the preset {name!r} is unknown: choose one of {', '.join(cls.PRESETS)}"
+                f"{did_you_mean(name, cls.PRESETS)}"
+            )
+        return super().filled_in(cls.PRESETS.get(str(name), {}) | values)
+
+    def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The explicit options that still hold next to `given`.
+
+        Raises:
+            ValueError: `given` has a preset, which would not fill in what these options have
+                filled in already.
+        """
+        if "preset" in given:
+            raise ValueError(
+                f"preset={given['preset']!r} next to a {type(self).__name__}: a preset fills in "
+                f"what it leaves open. Give it to the {type(self).__name__} instead"
+            )
+        return super().changed_by(given)

@@ -53,6 +53,10 @@ MemorySize = Annotated[
 ]
 
 
+#: What a recipe calls windows that the caller gives in place of the name of a source.
+GIVEN = ("texts", "pixel values", "token ids")
+
+
 class WindowOptions(Options):
     """The calibration windows of a run, and the dtype in which they are computed.
 

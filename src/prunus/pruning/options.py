@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_serializer
 
 from prunus.engine.linear_options import SELECTION, LinearOptions
 from prunus.methods.allocation import ALLOCATION_NAMES
@@ -173,17 +173,16 @@ class PruningOptions(MethodOptions, LinearOptions):
             values.pop("sparsity", None)
         return values
 
-    @model_validator(mode="before")
     @classmethod
-    def _fill_in_sparsity(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values  # a damaged record, which pydantic refuses next
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options with the sparsity that they imply."""
+        values = super().filled_in(values)
         if isinstance(values.get("sparsity"), dict | list | tuple):
             if values.get("sparsity_of"):
                 raise ValueError("sparsity and sparsity_of both have sparsities by hand: drop one")
             values = values | {"sparsity_of": values["sparsity"]}
             del values["sparsity"]
-        values = cls._with_own_options(cls.filled_in(values))
+        values = cls._with_own_options(values)
         sparsity = values.get("sparsity")
         if values.get("masks") is not None:
             # The masks decide; 0 stands for no sparsity that was asked for.
@@ -193,7 +192,7 @@ class PruningOptions(MethodOptions, LinearOptions):
         if isinstance(sparsity, str) and _PATTERN.match(sparsity):
             raise ValueError(f"sparsity is a share such as 0.5; did you mean `pattern` {sparsity}?")
         with contextlib.suppress(TypeError, ValueError):
-            sparsity = float(sparsity)  # the command line gives text
+            sparsity = float(str(sparsity))  # the command line gives text
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             return values
@@ -214,11 +213,6 @@ class PruningOptions(MethodOptions, LinearOptions):
         given = cls._read_assignments(values.get("method_options", {}))
         rest = {name: value for name, value in values.items() if name not in own}
         return rest | {"method_options": {**given, **own}}
-
-    @classmethod
-    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The given options with those that follow from them."""
-        return values
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The explicit options that still hold next to `given`.

@@ -5,25 +5,22 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from prunus.engine.linear_options import SELECTION, ExtraSteps
+from prunus.engine.linear_options import SELECTION, ExtraSteps, PresetOptions
 from prunus.methods.method_options import METHOD
 from prunus.options import Option, at_least
 from prunus.pruning.options import PruningOptions
-from prunus.words import did_you_mean
 
 # Heading of these options in --help.
 _RECONSTRUCTION = "Reconstruction"
 
 
-class Recipe(PruningOptions):
+class Recipe(PresetOptions, PruningOptions):
     """One run of prune, in the words of the command line.
 
     Attributes:
         ELSEWHERE: Name of an option that belongs to another command -> what the error says of it.
-        preset: A tested set of options, which explicit options override; None for none.
         propagate: "linear" runs the windows through a block once, where each linear sees the effect
             of all pruning before it. "block" runs them twice per block, as the original code does.
         head: Whether the output head is pruned too.
@@ -44,15 +41,12 @@ class Recipe(PruningOptions):
         ("bits", "size", "head_bits"), "it belongs to a compressed checkpoint; use prunus compress"
     ) | {"data_dir": "it is the field of a record; the option is `data`"}
 
-    preset: Annotated[
-        str | None,
-        Option(
-            "Take a tested set of options: fast, balanced or best. Explicit options override a "
-            "preset.",
-            metavar="PRESET",
-            suggestions=lambda: PRESETS,
-        ),
-    ] = None
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"method": "wanda"},
+        "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
+        "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
+    }
+
     propagate: Annotated[
         Literal["linear", "block"],
         Option(
@@ -94,22 +88,18 @@ class Recipe(PruningOptions):
 
     @classmethod
     def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The given options on top of those of their preset."""
-        return preset_options(values)
+        """See `PresetOptions`. `balanced` and `best` distribute an unstructured sparsity.
 
-    def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The explicit options that still hold next to `given`.
-
-        Raises:
-            ValueError: `given` has a preset, which would not fill in what this recipe has filled
-                in already.
+        >>> Recipe(preset="best").allocation, Recipe(preset="best", pattern="2:4").allocation
+        ('fisher', 'uniform')
         """
-        if "preset" in given:
-            raise ValueError(
-                f"preset={given['preset']!r} next to a Recipe: a preset fills in what a recipe "
-                "leaves open. Give it to the Recipe instead"
-            )
-        return super().changed_by(given)
+        values = super().filled_in(values)
+        free = values.get("pattern", "unstructured") == "unstructured" and not values.get(
+            "sparsity_of"
+        )
+        if free and values.get("preset") in ("balanced", "best"):
+            values = {"allocation": "fisher"} | values
+        return values
 
     def check_fit(self) -> None:
         """Check that the options fit together, and the training of blocks fits the others.
@@ -137,40 +127,3 @@ class Recipe(PruningOptions):
         """The options `reconstruct`, `reconstruct_epochs`, `propagate` and `head`."""
         two_passes = self.propagate == "block"
         return ExtraSteps(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)
-
-
-#: Name -> options of a recipe. Options that the user gives explicitly override them.
-#: They are chosen by measurement; docs/results/index.md has the figures.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "wanda"},
-    "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
-    "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
-}
-# Only an unstructured sparsity can be distributed over layers, if that is not done by hand.
-_UNSTRUCTURED: dict[str, dict[str, Any]] = {
-    "balanced": {"allocation": "fisher"},
-    "best": {"allocation": "fisher"},
-}
-
-
-def preset_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Put `values` on top of the options of the preset that they name, if any.
-
-    Raises:
-        ValueError: The preset is unknown.
-
-    >>> preset_options({"preset": "fast", "seed": 1})
-    {'method': 'wanda', 'preset': 'fast', 'seed': 1}
-    >>> "allocation" in preset_options({"preset": "best", "pattern": "2:4"})
-    False
-    """
-    name = values.get("preset")
-    if name is None:
-        return values
-    if name not in PRESETS:
-        raise ValueError(
-            f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}"
-            f"{did_you_mean(name, PRESETS)}"
-        )
-    free = values.get("pattern", "unstructured") == "unstructured" and not values.get("sparsity_of")
-    return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if free else {}) | values

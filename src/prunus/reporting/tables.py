@@ -65,6 +65,11 @@ def plan_facts(plan: dict[str, Any]) -> Facts:
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         **({"time": about(plan["seconds"])} if plan.get("seconds") is not None else {}),
+        **(
+            {"time by preset": ", ".join(f"{x} {about(y)}" for x, y in presets.items() if y)}
+            if (presets := plan.get("preset_seconds"))
+            else {}
+        ),
         **({"weights before": plan["rounded_before"]} if plan.get("rounded_before") else {}),
         **({"of the linears": plan["lossless"]} if plan.get("lossless") else {}),
         **({"written": ", ".join(plan["written"])} if plan.get("written") else {}),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.engine.linear_options import LinearOptions
+from prunus.engine.linear_options import PresetOptions
+from prunus.engine.run_options import GIVEN
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
 from prunus.options import Option, Range, at_least, one_of
@@ -28,7 +30,7 @@ from prunus.words import in_bytes, parse_bytes
 _OF_FOLDERS = "NVFP4"
 
 
-class CompressionRecipe(LinearOptions):
+class CompressionRecipe(PresetOptions):
     """One run of compress, in the words of the command line.
 
     Attributes:
@@ -49,8 +51,10 @@ class CompressionRecipe(LinearOptions):
         fast_on: The processor on which a GGUF file is to decode as fast as llama.cpp's
             presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
             least loss, however fast it decodes.
-        tune: The tokens on which scales and norms are trained after the last block; 0 for none.
+        tune: The tokens on which scales are trained after the last block; 0 for none.
         dense_weight: α, see `methods/dense_targets.py`.
+        preset: A tested set of options, which explicit options override.
+        samples: The number of windows.
 
     Raises:
         ValueError: An option is unknown or out of range, or options exclude each other.
@@ -60,8 +64,13 @@ class CompressionRecipe(LinearOptions):
     ('compressed-tensors', 0.25)
     """
 
+    # Chosen by measurement; docs/results/index.md has the figures.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"rounding": "nearest", "samples": 64, "tune": 0},
+        "balanced": {"rounding": "feedback", "samples": 128, "tune": 15_360},
+        "best": {"rounding": "feedback", "samples": 256, "tune": 122_880},
+    }
     ELSEWHERE: ClassVar[dict[str, str]] = {
-        "preset": "presets are for prune",
         "propagate": "compress always runs one pass",
         "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
@@ -156,14 +165,35 @@ class CompressionRecipe(LinearOptions):
     tune: Annotated[
         int,
         Option(
-            "Train scales and norms of the rounded model on N tokens, towards the dense model. It "
-            "takes no bytes; 0 trains nothing.",
+            "Train scales on N tokens towards the dense model. They take no bytes; 0 trains "
+            "nothing.",
             metavar="N",
             within=at_least(0, " tokens"),
+            default="by preset",
         ),
-    ] = 0
+    ] = PRESETS["balanced"]["tune"]
     # The figures behind these defaults are in docs/results/index.md.
     dense_weight: DenseWeight = 0.25
+    preset: Annotated[str, PresetOptions.declared()["preset"]] = "balanced"
+    samples: Annotated[int, replace(PresetOptions.declared()["samples"], default="by preset")] = (
+        PRESETS["balanced"]["samples"]
+    )
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """See `PresetOptions`. What the caller calibrates on is too little text to train on.
+
+        >>> CompressionRecipe(bits=4, preset="fast", samples=8).rounding
+        'nearest'
+        >>> CompressionRecipe(bits=4).tune, CompressionRecipe(bits=4, calibration="texts").tune
+        (15360, 0)
+        """
+        if values.get("calibration") in GIVEN:
+            values = {"tune": 0} | values
+        if values.get("preset") == "fast" and values.get("format") == "mlx":
+            # It has no rounding to nearest.
+            values = {"rounding": "feedback", "samples": 16} | values
+        return super().filled_in(values)
 
     @field_validator("format", mode="before")
     @classmethod
@@ -263,7 +293,7 @@ class CompressionRecipe(LinearOptions):
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The default format is not named: a file has another one.
         default = {"format"} if self.format == type(self).model_fields["format"].default else set()
-        unused = self.unused | default | (set() if self.tune else {"tune"})
+        unused = self.unused | default
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.run_record import RecordPart
@@ -86,11 +86,11 @@ class TuningRecord(RecordPart):
         before = self.evaluations[0].held_out_loss
         if not self.helps:
             return (
-                f"Training scales and norms on {self.tokens:,} tokens did not lower the divergence "
+                f"Training scales on {self.tokens:,} tokens did not lower the divergence "
                 f"of {before:.4f} on held-out windows, so the weights stay as they were rounded."
             )
         return (
-            f"Scales and norms were trained on {self.tokens:,} tokens: the divergence from the "
+            f"Scales were trained on {self.tokens:,} tokens: the divergence from the "
             f"dense model on held-out windows fell from {before:.4f} to {self.stored_loss:.4f}."
         )
 
@@ -135,6 +135,14 @@ class CompressionRecord(LinearsRecord):
     size: FileSize | None = None
     tuning: TuningRecord | None = Field(default=None, exclude_if=lambda x: x is None)
     check: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_tuning(cls, values: Any) -> Any:
+        # Records of versions before 0.5 know no training.
+        if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+            values["recipe"].setdefault("tune", 0)
+        return values
 
     def forget_missing(self, missing: set[str]) -> bool:
         """See `BlockwiseRecord`. Trained shards belong together, so all are made again."""

@@ -277,8 +277,15 @@ def part_width(linears: Sequence[Linear]) -> int:
 def rounded_products(stream: Stream) -> torch.autocast:
     """Let products be rounded to bfloat16 where that is faster than the model's float32."""
     # The result is a mean over random draws, so the rounding costs nothing.
-    fast = multiplies_bfloat16(stream.device) and stream.skeleton.dtype == torch.float32
+    fast = rounded_dtype(stream) != stream.skeleton.dtype
     return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
+
+
+def rounded_dtype(stream: Stream) -> torch.dtype:
+    """The dtype of the weights in these products."""
+    dtype = stream.skeleton.dtype
+    fast = multiplies_bfloat16(stream.device) and dtype == torch.float32
+    return torch.bfloat16 if fast else dtype
 
 
 def _in_range(

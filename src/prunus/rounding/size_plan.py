@@ -4,6 +4,7 @@
     TypedWeight    a weight with the types that it can have
     SizePlan       all of them, the bytes that they may take, and so the choice of types
     folder_plan    the plan of a result that is a folder
+    size_plan_of   the plan of the result of a run
 
 Embedding and head can have types too; they lie outside the blocks.
 """

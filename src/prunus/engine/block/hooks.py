@@ -92,8 +92,7 @@ def output_hooks(
 
 #: What the method needs -> an expert with fewer tokens than this loses less when it is pruned by
 #: the statistics of all tokens. Norms need few tokens; a Gram matrix of few tokens has no full
-#: rank. The measurements are in docs/reference/models.md, with the ratio of both errors per number
-#: of tokens.
+#: rank. docs/reference/models.md says how both were measured.
 MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
