@@ -95,11 +95,11 @@ class Compression(LinearCommand[CompressionRecord]):
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
     @classmethod
-    def read(cls, model: Any, recipe: Any, given: dict[str, Any]) -> Any:
+    def read(cls, recipe: Any, given: dict[str, Any]) -> Any:
         """See `Command`. Of several processes, no preset trains."""
         if started_by_torchrun() and recipe is None:
             given = {"tune": 0} | given
-        return super().read(model, recipe, given)
+        return super().read(recipe, given)
 
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""

@@ -43,6 +43,7 @@ from prunus.hardware.machine import peak_memory
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
+from prunus.model.source import bound_skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
 from prunus.rounding.loss_sensitivity import rounded_dtype, rounded_products
@@ -319,10 +320,9 @@ class _RoundedLearner(Learner):
                 count(1)
             self._rounded.embed(self._ids, spill_to)
         self._targets = dense.states
-        self._teacher = Skeleton(
-            plan.source.config, plan.skeleton.dtype, plan.options.trust_remote_code
+        self._teacher = bound_skeleton(
+            plan.checkpoint, plan.options.trust_remote_code, plan.skeleton.dtype
         )
-        plan.source.bind(self._teacher)
         for skeleton, source in ((self._teacher, plan.source), (plan.skeleton, shards)):
             stack.enter_context(
                 skeleton.outside_blocks(source.read_outside, plan.device, with_head=True)

@@ -14,7 +14,7 @@ from prunus.model.checkpoint.output_folder import check_companions
 from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.model.source import CheckpointSource, ModuleSource, bound_skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,5 @@ def open_model(model: str | Path | nn.Module, options: RunOptions, session: Sess
         source = CheckpointSource(open_folder(model, trust, session.tell))
         name = str(model)
         check_companions(source.checkpoint.folder, trust)
-    skeleton = Skeleton(source.config, source.stored_dtype, trust)
-    source.bind(skeleton)
+    skeleton = bound_skeleton(source, trust)
     return OpenModel(name=name, source=source, skeleton=skeleton, device=device)

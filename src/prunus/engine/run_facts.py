@@ -28,7 +28,7 @@ from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.device import DTYPES
 from prunus.model.kinds import IMAGES
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, WeightSource
+from prunus.model.source import CheckpointSource, WeightSource, bound_skeleton
 
 # Memory that a run leaves to other programs, where the user gives no budget: this share of what is
 # free, and at least this many bytes.
@@ -74,8 +74,7 @@ def run_facts(
         requested, source, skeleton, device, needs, trust, adds_ridge=adds_ridge
     )
     if dtype != source.stored_dtype:
-        skeleton = Skeleton(source.config, dtype, trust)
-        source.bind(skeleton)
+        skeleton = bound_skeleton(source, trust, dtype)
     if options.memory is not None:
         host_budget = options.memory - process_memory()
     else:

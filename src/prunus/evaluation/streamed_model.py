@@ -30,8 +30,7 @@ from prunus.hardware.machine import (
 )
 from prunus.model.device import DTYPES
 from prunus.model.open_folder import OpenFolder
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
+from prunus.model.source import CheckpointSource, bound_skeleton
 from prunus.model.stream import HiddenStates, StatesPlace, Stream
 
 
@@ -140,8 +139,7 @@ class StreamedModel:
         default = getattr(self.source.config, "dtype", None)
         default = default if isinstance(default, torch.dtype) else self.source.stored_dtype
         self.dtype = DTYPES.get(options.dtype, default)
-        self.skeleton = Skeleton(self.source.config, self.dtype, folder.trust_remote_code)
-        self.source.bind(self.skeleton)
+        self.skeleton = bound_skeleton(self.source, folder.trust_remote_code, self.dtype)
         self.model = self.skeleton.model
         self.device = options.device
         self.memory = options.memory

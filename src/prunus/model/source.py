@@ -479,3 +479,20 @@ def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
             "or float32"
         )
     return max(totals, key=totals.__getitem__)
+
+
+def bound_skeleton(
+    source: CheckpointSource | ModuleSource,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Skeleton:
+    """The model of a source without weights, whose names are matched with the stored ones.
+
+    Args:
+        source: The weights.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        dtype: Dtype of the computation; None for the stored one.
+    """
+    skeleton = Skeleton(source.config, dtype or source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    return skeleton

@@ -27,7 +27,7 @@ from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
 from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
+from prunus.model.source import CheckpointSource, ModuleSource, bound_skeleton, tensors_digest
 from prunus.words import did_you_mean
 
 #: The weights of a model, stored or loaded, block by block.
@@ -199,9 +199,7 @@ def open_weights(
     source: Readable = (
         ModuleSource(model) if isinstance(model, nn.Module) else CheckpointSource(model)
     )
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
-    return source, skeleton
+    return source, bound_skeleton(source, trust_remote_code)
 
 
 def stored_linears(

@@ -13,7 +13,6 @@ import torch
 
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.adapter import add_lora
-from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import JOINED_ATTENTION, Linear
 from prunus.model.loading import load_model
@@ -84,7 +83,7 @@ def load_teacher(plan: RecoveryPlan) -> Any:
 
 def base_name(model: str | Path) -> str:
     """What an adapter names as its base: a hub id, or a path that holds in any directory."""
-    return str(open_folder(model).path.resolve()) if Path(model).is_dir() else str(model)
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
 def _load(plan: RecoveryPlan, folder: OpenFolder, dtype: torch.dtype) -> Any:
