@@ -16,7 +16,6 @@ from prunus.engine.command import Run, run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep
-from prunus.engine.open_model import OpenModel
 from prunus.engine.output import Rounding
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
@@ -24,6 +23,7 @@ from prunus.engine.session import shown_session
 from prunus.formats.codec import Codec, codec_for, size_plan_for
 from prunus.methods.method_options import MethodOptions
 from prunus.methods.work import Work
+from prunus.model.source import OpenModel
 from prunus.options import takes
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord

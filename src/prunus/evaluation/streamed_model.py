@@ -243,7 +243,7 @@ class StreamedModel:
             outer -= least * self.source.stored_dtype.itemsize
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
+        logits = _logits_bytes(skeleton.vocabulary_weights.rows, min(ROWS, seqlen), size)
         logits *= min(models, 2)
         step = max(block + transient, outer + copy, copy + logits)
         return (models - 1) * copy + step, windows * seqlen * hidden * size

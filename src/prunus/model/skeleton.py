@@ -150,12 +150,6 @@ class Skeleton:
         """The input embedding and the output head."""
         return VocabularyWeights(self.model)
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the output head, or of the input embedding without a head."""
-        weights = self.vocabulary_weights
-        return (weights.head or weights.embedding).parameter.shape[0]
-
     # --- outside the blocks ---
 
     @property

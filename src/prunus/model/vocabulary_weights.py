@@ -60,6 +60,12 @@ class VocabularyWeights:
         return head is not None and head.weight is self.model.get_input_embeddings().weight
 
     @property
+    def rows(self) -> int:
+        """The number of rows of the head, or of the embedding without a head."""
+        module = self.model.get_output_embeddings() or self.model.get_input_embeddings()
+        return int(module.weight.shape[0])
+
+    @property
     def of_logits(self) -> Linear | None:
         """The one whose weight makes the logits, of a tied weight the embedding."""
         return self.embedding if self.is_tied else self.head

@@ -74,7 +74,7 @@ def recover(
     output: str | Path,
     mode: str | None = None,
     *,
-    teacher: str | Path | None = None,
+    teacher: str | Path | OpenFolder | None = None,
     progress: Callable[[Step], None] | bool | None = True,
     announce: Callable[[Any], None] | None = None,
     **options: Any,
@@ -139,7 +139,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     RECIPE, KIND = RecoveryOptions, RecoveryRecord
 
-    teacher: str | Path | None = None
+    teacher: str | Path | OpenFolder | None = None
     opened: OpenFolder | None = None
 
     @classmethod
@@ -161,7 +161,7 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
     @property
     def result(self) -> RecoveryResult | None:
         """The folder of the result, which lies apart from both models."""
-        apart = () if self.teacher is None else (Path(self.teacher),)
+        apart = () if self.teacher is None else (Path(str(self.teacher)),)
         return None if self.output is None else RecoveryResult(self.output, self.KIND, apart)
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:

@@ -237,7 +237,9 @@ def measuring_memory(plan: RunPlan, feedback: bool) -> BlockMemory:
     transient = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
     if skeleton.kind is CAUSAL:
         # The head sees one window: its logits, their logarithms, and the gradients of both.
-        transient = max(transient, skeleton.vocabulary * (hidden * itemsize + 16 * length))
+        transient = max(
+            transient, skeleton.vocabulary_weights.rows * (hidden * itemsize + 16 * length)
+        )
     # A curve sorts some rows of a linear.
     curve = 3 * 4 * _CURVE_ROWS * widest
     return BlockMemory(
