@@ -264,7 +264,8 @@ def _measured_types(
     importances: dict[str, Tensor] = {}
     corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
-    modules, head = dict(model.named_modules()), sensitivities[plan.skeleton.head(True).name]
+    modules = dict(model.named_modules())
+    head = sensitivities[plan.skeleton.vocabulary_weights.linear_head.name]
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.

@@ -445,7 +445,7 @@ def _changes_of(
     """How the linears that the recipe selects are changed and stored; see `plan_run`."""
     pattern = step.work.pattern
     if recipe.extras.head:
-        head = opened.skeleton.head()
+        head = opened.skeleton.vocabulary_weights.prunable_head
         check_shape(pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, pattern)
     if fit is not None:

@@ -140,7 +140,7 @@ class CheckpointSource:
         self.stored_names, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         stored = self.stored_names
         self._refuse_unknown(skeleton, unknown)
-        skeleton.untie(self._are_equal)
+        skeleton.vocabulary_weights.untie(self._are_equal)
         self._check_outside(skeleton)
         expected = skeleton.model.state_dict()
         self._blocks, self._fused = [], []
@@ -418,7 +418,9 @@ class ModuleSource:
             )
         state = self.model.state_dict(keep_vars=True)
         # The skeleton has a name for each expert, also if the model has one tensor for all of them.
-        skeleton.untie(lambda a, b: not {a, b} <= state.keys() or state[a] is state[b])
+        skeleton.vocabulary_weights.untie(
+            lambda a, b: not {a, b} <= state.keys() or state[a] is state[b]
+        )
         self._path = skeleton.path
         self._fused = [
             {tensor.name: tensor for tensor in skeleton.fused(i)} for i in range(len(skeleton))

@@ -324,7 +324,7 @@ def _gradient_of_loss(
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
     skeleton = stream.skeleton
-    head = [skeleton.head(may_be_tied=True)] if measurement.outside else []
+    head = [skeleton.vocabulary_weights.linear_head] if measurement.outside else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
         rows, sums = [], measurement.sums(head, stream.device, factor)

@@ -324,7 +324,7 @@ class BlockChanger:
         Returns:
             The pruned weight by its name in the model, in its stored dtype, and its record.
         """
-        head = self.skeleton.head()
+        head = self.skeleton.vocabulary_weights.prunable_head
         key, device = f"{head.name}.weight", self.plan.device
         with self.skeleton.outside_blocks(self.plan.source.read_outside, device, with_head=True):
             statistics = self._head_statistics(head, batches)
@@ -350,7 +350,8 @@ class BlockChanger:
         """
         read, device = self.plan.source.read_outside, self.plan.device
         with self.skeleton.outside_blocks(read, device, with_head=True):
-            return self._head_statistics(self.skeleton.head(may_be_tied=True), batches)
+            head = self.skeleton.vocabulary_weights.linear_head
+            return self._head_statistics(head, batches)
 
     def _head_statistics(self, head: Linear, batches: Sequence[torch.Tensor]) -> InputStatistics:
         """`head_statistics`, while the head has its weight."""
