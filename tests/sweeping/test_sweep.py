@@ -567,7 +567,7 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
 
     monkeypatch.setattr(
         "prunus.sweeping.sweep.prepare_tasks",
-        lambda models, tasks, **_: checked.append((models, tasks)),
+        lambda models, tasks, **_: checked.append(([*map(str, models)], tasks)),
     )
     monkeypatch.setattr(sweep_cells, "evaluate", evaluate)
     sweep = sweep_of(
