@@ -26,7 +26,7 @@ from prunus.cli import terminal
 from prunus.cli.program import app
 from prunus.cli.terminal import command, log, print_result
 from prunus.document import Column, Document, Facts, Section, Table
-from prunus.engine import linear_plan, open_model, run_plan
+from prunus.engine import linear_plan, run_facts, run_plan
 from prunus.engine.progress import PREPARATION, Progress
 from prunus.engine.run_options import RunOptions
 from prunus.evaluation import generation
@@ -165,7 +165,7 @@ def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path
 
 
 def test_plan_tells_what_a_run_needs_from_what_it_may_use(dense, monkeypatch):
-    for module in (open_model, linear_plan, run_plan):
+    for module in (run_facts, linear_plan, run_plan):
         monkeypatch.setattr(module, "process_memory", lambda: 0)
     recipe = Recipe(samples=6, seqlen=64, batch=1)
 

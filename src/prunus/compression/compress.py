@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -95,11 +95,19 @@ class Compression(LinearCommand[CompressionRecord]):
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
     @classmethod
-    def read(cls, recipe: Any, given: dict[str, Any]) -> Any:
+    def of(
+        cls,
+        model: Any,
+        output: str | Path | None,
+        recipe: Any,
+        options: Mapping[str, Any],
+        calibration: Any = None,
+        **fields: Any,
+    ) -> Self:
         """See `Command`. Of several processes, no preset trains."""
-        if started_by_torchrun() and recipe is None:
-            given = {"tune": 0} | given
-        return super().read(recipe, given)
+        if started_by_torchrun() and recipe is None and options.get("tune") is None:
+            options = {**options, "tune": 0}
+        return super().of(model, output, recipe, options, calibration, **fields)
 
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""

@@ -134,14 +134,9 @@ class Command(ABC, Generic[_Plan, _Record]):
         """
         work, given = RunOptions.pick(options)
         data, described = ({}, {}) if calibration is None else given_windows(calibration)
-        chosen = cls.read(recipe, given | described)
+        chosen = cls.RECIPE.read(recipe, given | described)
         out = None if output is None else Path(output)
         return cls(model, out, chosen, RunOptions.read(None, {**work, **data}), **fields)
-
-    @classmethod
-    def read(cls, recipe: Any, given: dict[str, Any]) -> Any:
-        """The recipe: that of a file or an object, with the options that were given on top."""
-        return cls.RECIPE.read(recipe, given)
 
     @property
     def result(self) -> Result[Any] | None:

@@ -65,7 +65,6 @@ def _check(
     """Score a result, and enter the figures into its record, its file and its card."""
     if record.check:
         return
-    dense = model if plan is None else plan.checkpoint.folder
     what, device = f"scoring the result beside {model}", choose_device(scoring["device"])
     count, before = session.preparing(what, 100 * len(TEXTS), device), 0
 
@@ -76,6 +75,7 @@ def _check(
         count(percent - before if percent >= before else percent)
         before = percent
 
+    dense = model if plan is None else plan.checkpoint.folder
     [results] = perplexities([str(result.path)], TEXTS, reference=dense, progress=report, **scoring)
     path = result.path
     architecture = (

@@ -166,8 +166,10 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:
         """See `plan_recovery`. The dtype follows from the device, also in a resumed run."""
-        plan = plan_recovery(self.opened or self.model, self.recipe, self.options, self.teacher)
-        return replace(plan, name=self.model_name)
+        return replace(
+            plan_recovery(self.opened or self.model, self.recipe, self.options, self.teacher),
+            name=self.model_name,
+        )
 
     def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
         """See `recovery_inputs`."""
