@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -95,19 +95,13 @@ class Compression(LinearCommand[CompressionRecord]):
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        output: str | Path | None,
-        recipe: Any,
-        options: Mapping[str, Any],
-        calibration: Any = None,
-        **fields: Any,
-    ) -> Self:
-        """See `Command`. Of several processes, no preset trains."""
+    def completed(
+        cls, model: Any, recipe: Any, options: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """See `Command.completed`. Of several processes, no preset trains."""
         if started_by_torchrun() and recipe is None and options.get("tune") is None:
             options = {**options, "tune": 0}
-        return super().of(model, output, recipe, options, calibration, **fields)
+        return options, {}
 
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""

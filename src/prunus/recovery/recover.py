@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -143,20 +143,14 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
     opened: OpenFolder | None = None
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        output: str | Path | None,
-        recipe: Any,
-        options: Mapping[str, Any],
-        calibration: Any = None,
-        **fields: Any,
-    ) -> Self:
-        """See `Command.of`. If no mode is given, it is the one that follows from the model."""
-        if not options.get("mode"):
-            fields["opened"] = open_folder(model, unpacks=False)
-            options = {**options, "mode": default_mode(fields["opened"])}
-        return super().of(model, output, recipe, options, calibration, **fields)
+    def completed(
+        cls, model: Any, recipe: Any, options: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """See `Command.completed`. A mode that is not given follows from the model."""
+        if options.get("mode"):
+            return options, {}
+        opened = open_folder(model, unpacks=False)
+        return {**options, "mode": default_mode(opened)}, {"opened": opened}
 
     @property
     def result(self) -> RecoveryResult | None:
