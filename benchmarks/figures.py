@@ -36,7 +36,7 @@ def save(path: Path, figures: dict[str, Any], command: str, device: str = "cpu")
     said = {
         "version": VERSION,
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware | {"instructions": describe_machine()["kernels"]},
+        "hardware": hardware | {"instructions": describe_machine()["kernels"].partition(":")[0]},
         "command": command,
         "libraries": {name: each for name, each in versions().items() if name != "prunus"},
     }

@@ -111,11 +111,11 @@ class Measurement:
         prunus(command, self.work / f"{out.name}-scores.log")
         found = json.loads(figures.read_text(encoding="utf-8"))["models"][0]["perplexity"]
         keys = ("kl", "kl_stderr", "same_top", "reference_perplexity")
+        # With several texts, one more entry has the figures of all of them.
         return {
-            each["source"]: {"perplexity": each["perplexity"]}
+            text: {"perplexity": each["perplexity"]}
             | {key: each["divergence"][key] for key in keys}
-            for each in found
-            if each["source"] in texts
+            for text, each in zip(texts, found, strict=False)
         }
 
     def clear(self, row: str, variant: str) -> None:
