@@ -137,6 +137,12 @@ def test_libraries_are_imported_where_they_belong():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_one_module_knows_which_weight_is_the_head():
+    asking = {path.stem for path, tree in TREES.items() if "get_output_embed" in ast.dump(tree)}
+    # An import ties the weights of a model that transformers has loaded.
+    assert asking == {"vocabulary_weights", "import_checkpoint"}
+
+
 def test_a_format_is_eight_methods_and_no_class_has_more_than_thirty():
     from prunus.formats.codec import Codec
 

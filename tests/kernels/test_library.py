@@ -22,9 +22,9 @@ def folder(tmp_path, monkeypatch):
     """A folder in place of the room, with no kernels in it."""
     monkeypatch.delenv("PRUNUS_ISA", raising=False)
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    library._load.cache_clear()
+    library._load_library.cache_clear()
     yield tmp_path
-    library._load.cache_clear()
+    library._load_library.cache_clear()
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def test_an_instruction_set_that_the_machine_lacks_is_refused(best, monkeypatch)
 
 def test_the_reason_is_said_where_the_library_is_missing_broken_or_old(best, folder, monkeypatch):
     assert "install a C++17 compiler and reinstall" in str(library.why_not())
-    library._load.cache_clear()
+    library._load_library.cache_clear()
     (folder / "_kernels.so").write_text("not a library")
     assert "_kernels.so cannot be opened" in str(library.why_not())
-    library._load.cache_clear()
+    library._load_library.cache_clear()
     (folder / "_kernels.so").unlink()
     (folder / "_kernels.so").symlink_to(best.library._name)
     assert library.why_not() is None
-    library._load.cache_clear()
+    library._load_library.cache_clear()
     monkeypatch.setattr(library, "ABI", library.ABI + 1)
     assert "was built from another version of prunus: reinstall" in str(library.why_not())
 

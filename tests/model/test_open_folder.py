@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "recover {pruned} {out} --text {text} --tokens 32 --seqlen 16 --held-out 1": ("pruned",),
     "sweep {grid} {out}": ("dense",),
+    f"plan {{dense}} --calibration {{text}} --format mlx --bits 8 {HOW}": ("dense",),
 }
 
 

@@ -127,7 +127,8 @@ def plan(
             for preset in CompressionRecipe.PRESETS if working else ():
                 seconds = working
                 if preset != run.recipe.preset:
-                    other = kind.of(model, output, None, {**work, **given, "preset": preset})
+                    options = {**work, **given, "preset": preset}
+                    other = kind.of(plan.checkpoint.folder, output, None, options)
                     seconds = other.forecast(run_verb(other, plan_only=True))
                 described["preset_seconds"][preset] = seconds and round(planning + seconds, 1)
     return described

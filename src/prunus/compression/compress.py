@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -16,7 +16,6 @@ from prunus.engine.command import Run, run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep
-from prunus.engine.open_model import OpenModel
 from prunus.engine.output import Rounding
 from prunus.engine.result import Result
 from prunus.engine.run_options import RunOptions
@@ -24,6 +23,7 @@ from prunus.engine.session import shown_session
 from prunus.formats.codec import Codec, codec_for, size_plan_for
 from prunus.methods.method_options import MethodOptions
 from prunus.methods.work import Work
+from prunus.model.source import OpenModel
 from prunus.options import takes
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
@@ -95,19 +95,13 @@ class Compression(LinearCommand[CompressionRecord]):
         return None if self.output is None else self.codec.RESULT(self.output, self.KIND)
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        output: str | Path | None,
-        recipe: Any,
-        options: Mapping[str, Any],
-        calibration: Any = None,
-        **fields: Any,
-    ) -> Self:
-        """See `Command`. Of several processes, no preset trains."""
+    def completed(
+        cls, model: Any, recipe: Any, options: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """See `Command.completed`. Of several processes, no preset trains."""
         if started_by_torchrun() and recipe is None and options.get("tune") is None:
             options = {**options, "tune": 0}
-        return super().of(model, output, recipe, options, calibration, **fields)
+        return options, {}
 
     def step(self) -> LinearStep:
         """Rounding, as a method without zeros."""

@@ -43,6 +43,7 @@ from prunus.hardware.machine import peak_memory
 from prunus.model.checkpoint.files import remove
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.skeleton import Skeleton
+from prunus.model.source import bound_skeleton
 from prunus.model.stream import Stream
 from prunus.rounding.compression_record import CompressionRecord, TuningRecord
 from prunus.rounding.loss_sensitivity import rounded_dtype, rounded_products
@@ -89,12 +90,12 @@ def tune(
     """
     record, checkpoints = run.record, Checkpoints(folder.folder)
     shards, path = _Shards(run.plan, codec, choice, folder), folder.folder / _LEARNT
-    text = _text_of(run) if shards.factors else None
-    if text is None:
-        why = "the calibration text is too short" if shards.factors else "no weight has such scales"
-        run.session.tell(f"No scales are trained: {why}.")
-        return
     if record.tuning is None:
+        text = _text_of(run) if shards.factors else None
+        if text is None:
+            short, none = "the calibration text is too short", "no weight has such scales"
+            run.session.tell(f"No scales are trained: {short if shards.factors else none}.")
+            return
         with contextlib.ExitStack() as stack:
             learner = _RoundedLearner(run, shards, text, stack)
             schedule = Schedule(
@@ -140,13 +141,13 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
         windows: Windows of any tokens (windows, tokens), at least one.
         tokens: What it trains on.
     """
-    count = max(1, _STEP_TOKENS // windows.shape[1])
-    ids, skeleton, middle = windows[:count], plan.skeleton, min(1, len(plan.skeleton) - 1)
+    count, skeleton = _step_windows(windows), plan.skeleton
+    ids, middle = windows[:count], min(1, len(skeleton) - 1)
     steps = math.ceil(tokens / ids.numel())
     held_out = math.ceil(_HELD_OUT / count)
     stream, taken = Stream(skeleton, plan.source, plan.device), list[float]()
 
-    def timed(work: Callable[[], Tensor]) -> Tensor:
+    def timed(work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         with rounded_products(stream):
             result = work()
@@ -162,20 +163,25 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
         with torch.enable_grad():
             inputs = hidden.detach().requires_grad_()
             output = timed(lambda: run(inputs))
-            timed(lambda: (output.backward(torch.ones_like(output)), hidden)[1])
+            timed(lambda: output.backward(torch.ones_like(output)))
         skeleton.release(middle)
         with skeleton.outside_blocks(plan.source.read_outside, plan.device, with_head=True):
             dense = timed(lambda: skeleton.logits(ids, hidden))
             state = hidden.detach().requires_grad_()
             with torch.enable_grad():
                 loss = timed(lambda: next_token_loss(skeleton.logits(ids, state), ids, dense))
-                timed(lambda: (loss.backward(), dense)[1])
+                timed(loss.backward)
     forward, with_graph, backward, head, loss_of, back = taken
     step = len(skeleton) * (with_graph + backward) + head + loss_of + back
     # The states of both models at first, and ten evaluations beside the steps.
     passes = len(skeleton) * forward
     evaluations = (_EVALUATIONS + 2) * held_out * (passes + head + loss_of)
     return steps * step + (steps + held_out) * passes + evaluations
+
+
+def _step_windows(windows: Tensor) -> int:
+    """How many of these windows (windows, tokens) a step has."""
+    return max(1, _STEP_TOKENS // windows.shape[1])
 
 
 class _Shards:
@@ -285,7 +291,7 @@ class _RoundedLearner(Learner):
         plan = self._plan = run.plan
         self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
         self.text = text
-        self.batch = max(1, _STEP_TOKENS // self.text.held_out.shape[1])
+        self.batch = _step_windows(text.held_out)
         self.step_tokens = self.batch * self.text.held_out.shape[1]
         steps = self._steps = math.ceil(run.record.recipe.tune / self.step_tokens)
         self._ids = [self.text.windows(i * self.batch, self.batch) for i in range(steps)]
@@ -319,10 +325,9 @@ class _RoundedLearner(Learner):
                 count(1)
             self._rounded.embed(self._ids, spill_to)
         self._targets = dense.states
-        self._teacher = Skeleton(
-            plan.source.config, plan.skeleton.dtype, plan.options.trust_remote_code
+        self._teacher = bound_skeleton(
+            plan.checkpoint, plan.options.trust_remote_code, plan.skeleton.dtype
         )
-        plan.source.bind(self._teacher)
         for skeleton, source in ((self._teacher, plan.source), (plan.skeleton, shards)):
             stack.enter_context(
                 skeleton.outside_blocks(source.read_outside, plan.device, with_head=True)

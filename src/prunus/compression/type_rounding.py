@@ -110,8 +110,7 @@ def type_rounding(run: Run[LinearPlan, CompressionRecord], codec: type[Codec]) -
         for name, keys in size_plan.outside.items():
             for key in keys:
                 del dense[key]
-            of_head = head if name == size_plan.head else None
-            dense |= encode(name, rounded_outside(plan, name, choice, of_head))
+            dense |= encode(name, rounded_outside(plan, name, choice, head))
         return dense
 
     # Errors of the head are corrected by its later columns, if they are measured: an embedding that
@@ -160,8 +159,8 @@ def rounded_outside(
         plan: The run.
         name: Name of the module.
         choice: The type of each weight.
-        head: For the output head its inputs, and what its errors cost as an embedding. None rounds
-            the weight by its importance.
+        head: The inputs of the output head, and what its errors cost as an embedding. Without them
+            the head is rounded by its importance, as an embedding always is.
         rows: Round only this number of rows, to see how long that takes; None rounds all.
 
     Raises:
@@ -172,7 +171,7 @@ def rounded_outside(
     if (kept := on_lattice(weight_OI, quantizer)) is not None:
         return kept
     with naming(key):
-        if head is None:
+        if head is None or name != size_plan_of(plan).head:
             return round_to_nearest(weight_OI, quantizer, choice.importances.get(name))
         work = replace(plan.work, rounding=GroupRounding(quantizer))
         parts = []
@@ -265,7 +264,8 @@ def _measured_types(
     importances: dict[str, Tensor] = {}
     corrects = plan.recipe.rounds == "feedback"
     model, linears = plan.skeleton.model, plan.selected_linears()
-    modules, head = dict(model.named_modules()), sensitivities[plan.skeleton.head(True).name]
+    modules = dict(model.named_modules())
+    head = sensitivities[plan.skeleton.vocabulary_weights.linear_head.name]
     uses: dict[int, list[LinearSensitivity]] = {}
     for name, sensitivity in sensitivities.items():
         # A tied head has another name than the embedding, and the same weight.
@@ -396,11 +396,10 @@ def try_types(plan: LinearPlan, windows: Tensor, tune_tokens: int) -> Trial:
             head = changer.head_statistics(batches)
         taken = time.perf_counter() - started
         for name in size_plan.outside:
-            of_head = head if name == size_plan.head else None
             # The first time has what is done once for all rows.
             for parts in (1, size_plan.weights[name].shape[0] / _TRIED_ROWS - 1):
                 started = time.perf_counter()
-                rounded_outside(plan, name, choice, of_head, _TRIED_ROWS)
+                rounded_outside(plan, name, choice, head, _TRIED_ROWS)
                 taken += max(0.0, parts) * (time.perf_counter() - started)
         return taken + (tuning_seconds(plan, windows, tune_tokens) if tune_tokens else 0.0)
 

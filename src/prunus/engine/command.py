@@ -132,11 +132,26 @@ class Command(ABC, Generic[_Plan, _Record]):
             ValueError, FileNotFoundError: An option is unknown or out of range, or options do not
                 fit together, or the file cannot be read.
         """
+        options, found = cls.completed(model, recipe, options)
         work, given = RunOptions.pick(options)
         data, described = ({}, {}) if calibration is None else given_windows(calibration)
         chosen = cls.RECIPE.read(recipe, given | described)
         out = None if output is None else Path(output)
-        return cls(model, out, chosen, RunOptions.read(None, {**work, **data}), **fields)
+        how = RunOptions.read(None, {**work, **data})
+        return cls(model, out, chosen, how, **fields, **found)
+
+    @classmethod
+    def completed(
+        cls, model: Any, recipe: Any, options: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The options of a caller with those that follow from the model or from the processes.
+
+        The arguments are those of `of`.
+
+        Returns:
+            The options, and the fields of the command that were found on the way.
+        """
+        return options, {}
 
     @property
     def result(self) -> Result[Any] | None:

@@ -85,7 +85,7 @@ def forecast(plan: LinearPlan, trial: Callable[[LinearPlan, Tensor], Trial]) -> 
             run_tokenizer(plan)
         reading = time.perf_counter() - started
         windows = torch.randint(
-            plan.skeleton.vocabulary,
+            plan.skeleton.vocabulary_weights.rows,
             (3 * plan.batch, recipe.seqlen),
             generator=torch.Generator().manual_seed(0),
         )

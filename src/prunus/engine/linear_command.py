@@ -29,13 +29,12 @@ from prunus.engine.linear_plan import (
 )
 from prunus.engine.linear_record import LinearsRecord
 from prunus.engine.loop import run_blocks
-from prunus.engine.open_model import OpenModel
 from prunus.engine.output import InPlaceOutput, Rounding, ShardFolder
 from prunus.engine.run_facts import agreed_walks
 from prunus.engine.session import SILENT, Session
 from prunus.kernels.library import missing_words
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import ModuleSource
+from prunus.model.source import ModuleSource, OpenModel
 from prunus.words import about, counted
 
 # From this number of batches on, as the windows of prune have, a run says how long it takes. The

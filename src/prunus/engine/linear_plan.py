@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from prunus.engine.block.dense_stream import drift_stride_for
 from prunus.engine.linear_options import LinearOptions
-from prunus.engine.open_model import OpenModel, open_model
-from prunus.engine.run_facts import run_facts
+from prunus.engine.run_facts import open_model, run_facts
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, windows_per_batch, with_memory
 from prunus.engine.run_record import Walk
@@ -45,7 +44,7 @@ from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.levels import value_bits
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.model.source import CheckpointSource, ModuleSource, OpenModel
 
 # To see whether weights were rounded before: about the most matrices that are looked at, and the
 # weights at the beginning of each.
@@ -446,7 +445,7 @@ def _changes_of(
     """How the linears that the recipe selects are changed and stored; see `plan_run`."""
     pattern = step.work.pattern
     if recipe.extras.head:
-        head = opened.skeleton.head()
+        head = opened.skeleton.vocabulary_weights.prunable_head
         check_shape(pattern, head.shape, head.name)
     linears = select_linears(opened.skeleton, recipe, pattern)
     if fit is not None:

@@ -12,27 +12,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from prunus.calibration.windows import check_context
 from prunus.distributed import fail_together, ranks, set_location
 from prunus.engine.block_memory import Memory
 from prunus.engine.calibration_windows import check_inputs
-from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import RunRecord, Walk
+from prunus.engine.session import Session
 from prunus.hardware.machine import available_memory, memory_budget, process_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of
-from prunus.model.checkpoint.output_folder import check_disk
-from prunus.model.device import DTYPES
+from prunus.model.checkpoint.output_folder import check_companions, check_disk
+from prunus.model.checkpoint.resolve import open_folder
+from prunus.model.device import DTYPES, choose_device
 from prunus.model.kinds import IMAGES
+from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, WeightSource
+from prunus.model.source import (
+    CheckpointSource,
+    OpenModel,
+    WeightSource,
+    bound_skeleton,
+    open_weights,
+)
 
 # Memory that a run leaves to other programs, where the user gives no budget: this share of what is
 # free, and at least this many bytes.
 _SHARE_FOR_OTHERS, _BYTES_FOR_OTHERS = 0.1, 10**9
+
+
+def open_model(
+    model: str | Path | OpenFolder | nn.Module, options: RunOptions, session: Session
+) -> OpenModel:
+    """Open a model for a run. No weights are read.
+
+    Args:
+        model: A checkpoint folder, which may be open, a hub id, or a loaded model.
+        options: The options that only decide how the work is done.
+        session: Who hears of a download.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, OSError: The model cannot be read, or
+            has no blocks that prunus knows.
+    """
+    trust = options.trust_remote_code
+    if isinstance(model, nn.Module):
+        name, device = type(model).__name__, choose_device(options.device, model)
+    else:
+        name, device = str(model), choose_device(options.device)
+        model = open_folder(model, trust, session.tell)
+        check_companions(model.path, trust)
+    source, skeleton = open_weights(model, trust)
+    return OpenModel(name=name, source=source, skeleton=skeleton, device=device)
 
 
 def run_facts(
@@ -74,8 +108,7 @@ def run_facts(
         requested, source, skeleton, device, needs, trust, adds_ridge=adds_ridge
     )
     if dtype != source.stored_dtype:
-        skeleton = Skeleton(source.config, dtype, trust)
-        source.bind(skeleton)
+        skeleton = bound_skeleton(source, trust, dtype)
     if options.memory is not None:
         host_budget = options.memory - process_memory()
     else:

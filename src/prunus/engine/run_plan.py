@@ -21,14 +21,13 @@ from prunus.engine.block_memory import (
     paused_bytes,
     transient_bytes,
 )
-from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions, WindowOptions
 from prunus.engine.run_record import BlockwiseRecord, Walk
 from prunus.hardware.machine import ROOM_TO_KEEP, process_memory
 from prunus.hardware.numerics import LARGEST, check_finite
 from prunus.methods.statistics import Needs, statistics_bytes
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import ModuleSource, WeightSource, tensors_digest
+from prunus.model.source import ModuleSource, OpenModel, WeightSource, tensors_digest
 
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
@@ -221,7 +220,7 @@ def _block_memory(plan: RunPlan, index: int, dense: bool, trained: bool, extra: 
         if plan.skeleton.is_in_front_of_head(index):
             # The head, and for some tokens the logits of both models; see `divergence_loss`.
             per_token = hidden * itemsize + 24 * CHUNK_TOKENS * plan.batch
-            transient += plan.skeleton.vocabulary * per_token
+            transient += plan.skeleton.vocabulary_weights.rows * per_token
     return BlockMemory(
         weights=2 * plan.source.block_nbytes(index) + models * parameters * itemsize,
         working=working,

@@ -15,8 +15,7 @@ from prunus.engine.session import Session
 from prunus.evaluation.perplexity import load_scoring_text, perplexities
 from prunus.formats.codec import codec_for
 from prunus.formats.gguf.file import open_gguf
-from prunus.model.checkpoint.files import read_card, write_text
-from prunus.model.checkpoint.resolve import open_folder
+from prunus.model.checkpoint.files import read_card, read_json, write_text
 from prunus.model.device import choose_device
 from prunus.rounding.cards import checked_card
 from prunus.rounding.compression_recipe import CompressionRecipe
@@ -66,8 +65,6 @@ def _check(
     """Score a result, and enter the figures into its record, its file and its card."""
     if record.check:
         return
-    opened = open_folder(result.path, scoring["trust_remote_code"])
-    dense = model if plan is None else plan.checkpoint.folder
     what, device = f"scoring the result beside {model}", choose_device(scoring["device"])
     count, before = session.preparing(what, 100 * len(TEXTS), device), 0
 
@@ -78,12 +75,13 @@ def _check(
         count(percent - before if percent >= before else percent)
         before = percent
 
-    [results] = perplexities([opened], TEXTS, reference=dense, progress=report, **scoring)
+    dense = model if plan is None else plan.checkpoint.folder
+    [results] = perplexities([str(result.path)], TEXTS, reference=dense, progress=report, **scoring)
     path = result.path
     architecture = (
         open_gguf(path).architecture
         if path.is_file()
-        else str(opened.raw.get("model_type")).removesuffix("_text")
+        else str(read_json(path / "config.json").get("model_type")).removesuffix("_text")
     )
     for text, scored in zip(TEXTS, results, strict=False):  # the last one is over both
         assert scored.divergence is not None

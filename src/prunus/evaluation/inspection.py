@@ -28,13 +28,11 @@ from prunus.model.checkpoint.resolve import open_folder, unpacked
 from prunus.model.formats import reader_of
 from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
+from prunus.model.source import CheckpointSource, Readable, open_weights
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.masks import (
-    Readable,
     compare_masks,
     masks,
-    open_weights,
     stored_linears,
     zeros_of,
 )

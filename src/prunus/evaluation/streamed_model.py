@@ -30,8 +30,7 @@ from prunus.hardware.machine import (
 )
 from prunus.model.device import DTYPES
 from prunus.model.open_folder import OpenFolder
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
+from prunus.model.source import CheckpointSource, bound_skeleton
 from prunus.model.stream import HiddenStates, StatesPlace, Stream
 
 
@@ -140,8 +139,7 @@ class StreamedModel:
         default = getattr(self.source.config, "dtype", None)
         default = default if isinstance(default, torch.dtype) else self.source.stored_dtype
         self.dtype = DTYPES.get(options.dtype, default)
-        self.skeleton = Skeleton(self.source.config, self.dtype, folder.trust_remote_code)
-        self.source.bind(self.skeleton)
+        self.skeleton = bound_skeleton(self.source, folder.trust_remote_code, self.dtype)
         self.model = self.skeleton.model
         self.device = options.device
         self.memory = options.memory
@@ -245,7 +243,7 @@ class StreamedModel:
             outer -= least * self.source.stored_dtype.itemsize
         # Of what is outside the blocks, only the copy is left when logits are computed.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = _logits_bytes(skeleton.vocabulary, min(ROWS, seqlen), size)
+        logits = _logits_bytes(skeleton.vocabulary_weights.rows, min(ROWS, seqlen), size)
         logits *= min(models, 2)
         step = max(block + transient, outer + copy, copy + logits)
         return (models - 1) * copy + step, windows * seqlen * hidden * size

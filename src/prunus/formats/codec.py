@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from prunus.engine.linear_plan import LinearSelection
-from prunus.engine.open_model import OpenModel
 from prunus.engine.result import MEASUREMENT, Result
 from prunus.model.checkpoint.files import make_folder, read_json, write_json
 from prunus.model.checkpoint.output_folder import auxiliary_files, copy_companion
 from prunus.model.checkpoint.tensor_files import SINGLE_NAME, Checkpoint, save_safetensors
 from prunus.model.formats import format_named, format_of
 from prunus.model.kinds import require_causal
-from prunus.model.source import ModuleSource
+from prunus.model.source import ModuleSource, OpenModel
 from prunus.rounding.compression_recipe import CompressionRecipe
 from prunus.rounding.compression_record import CompressionRecord
 from prunus.rounding.group_quantizer import GroupedWeight, GroupQuantizer

@@ -95,7 +95,7 @@ def load_kernels(isa: str | None = None) -> Library | None:
     Raises:
         ValueError: There is no such instruction set, or this machine lacks it.
     """
-    return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
+    return _load_library(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
 
 
 def why_not() -> str | None:
@@ -104,7 +104,7 @@ def why_not() -> str | None:
     Raises:
         ValueError: As `load_kernels`.
     """
-    return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
+    return _load_library(os.environ.get("PRUNUS_ISA") or "best")[1]
 
 
 def missing_words() -> str | None:
@@ -117,7 +117,7 @@ def missing_words() -> str | None:
 
 
 @functools.cache
-def _load(isa: str) -> tuple[Library | None, str | None]:
+def _load_library(isa: str) -> tuple[Library | None, str | None]:
     """The library, or why there is none; the other one of the two is None."""
     if isa == "off":
         return None, "switched off by PRUNUS_ISA=off"

@@ -80,7 +80,7 @@ class OwnCode:
                 f"{self.must} again"
             )
         file, name = _split(value)
-        module = _load(file.resolve(), _sha256(self.option, file), self.option)
+        module = _load_code(file.resolve(), _sha256(self.option, file), self.option)
         found = getattr(module, name, None)
         if not self.fits(found):
             # What the file imports is not the user's own; a Method has no `__name__`.
@@ -133,7 +133,7 @@ def _sha256(option: str, file: Path) -> str:
 
 
 @functools.cache
-def _load(file: Path, sha256: str, option: str) -> ModuleType:
+def _load_code(file: Path, sha256: str, option: str) -> ModuleType:
     """The module of a file. A changed file has another hash and is loaded again."""
     module_name = f"prunus_own_{option}_{sha256[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)

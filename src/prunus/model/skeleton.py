@@ -148,13 +148,7 @@ class Skeleton:
     @property
     def vocabulary_weights(self) -> VocabularyWeights:
         """The input embedding and the output head."""
-        return VocabularyWeights(self.model)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the output head, or of the input embedding without a head."""
-        weights = self.vocabulary_weights
-        return (weights.head or weights.embedding).parameter.shape[0]
+        return VocabularyWeights(self.model, self.kind)
 
     # --- outside the blocks ---
 
@@ -163,23 +157,6 @@ class Skeleton:
         """Names of parameters and persistent buffers outside the blocks."""
         prefix = f"{self.path}."
         return [name for name in self.model.state_dict() if not name.startswith(prefix)]
-
-    def untie(self, equal: Callable[[str, str], bool]) -> None:
-        """Give names that share a parameter one each if their stored numbers differ.
-
-        A configuration may ask for a head that is the embedding, while the checkpoint stores two
-        weights. transformers then loads both, and so do all that run this model.
-
-        Args:
-            equal: Whether two names of one parameter, of which the first comes first in the model,
-                have the same numbers. A name that is not stored is equal to all others.
-        """
-        first: dict[int, str] = {}
-        for name, shared in self.model.state_dict(keep_vars=True).items():
-            if not equal(first.setdefault(id(shared), name), name):
-                path, _, leaf = name.rpartition(".")
-                own = nn.Parameter(torch.empty_like(shared), requires_grad=False)
-                setattr(self.model.get_submodule(path), leaf, own)
 
     @contextlib.contextmanager
     def outside_blocks(
@@ -194,7 +171,7 @@ class Skeleton:
                 embedding is then left out and returns zeros. Without the flag, an untied head is
                 left out.
         """
-        head = self.vocabulary_weights.head if self.kind.is_causal else None
+        head = self.vocabulary_weights.head_of_next_token
         embedding: Any = (
             self.model.get_input_embeddings() if self.kind is not IMAGES else nn.Module()
         )
@@ -260,7 +237,7 @@ class Skeleton:
             (windows, tokens, hidden), without a graph for gradients.
 
         Raises:
-            NotImplementedError: The head cannot be pruned; see `head`.
+            NotImplementedError: As `VocabularyWeights.linear_head`.
         """
         seen: list[torch.Tensor] = []
 
@@ -269,7 +246,7 @@ class Skeleton:
             raise StopForward
 
         with (
-            replaced_forward(self.head(may_be_tied=True).module, stop),
+            replaced_forward(self.vocabulary_weights.linear_head.module, stop),
             self._stubs.returning(hidden),
             torch.no_grad(),
             contextlib.suppress(StopForward),
@@ -293,28 +270,6 @@ class Skeleton:
         with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
             logits: torch.Tensor = self.model(input_ids=input_ids, **self._arguments).logits
         return logits
-
-    def head(self, may_be_tied: bool = False) -> Linear:
-        """The output head as a linear, by its full name.
-
-        Args:
-            may_be_tied: Whether its weight may be that of the input embedding.
-
-        Raises:
-            NotImplementedError: There is none, it is no linear, or it is tied to the embedding.
-        """
-        head = self.vocabulary_weights.head if self.kind.is_causal else None
-        if head is None or not isinstance(head.module, nn.Linear):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
-                "be pruned; leave `head` out"
-            )
-        if not may_be_tied and self.vocabulary_weights.is_tied:
-            raise NotImplementedError(
-                f"{head.name} is tied to the input embedding: pruning it would prune the "
-                "embedding; leave `head` out"
-            )
-        return head
 
     def is_in_front_of_head(self, index: int) -> bool:
         """Whether only the final norm and the head follow a block, so it can compare logits."""

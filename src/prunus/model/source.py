@@ -5,7 +5,7 @@ the stored name in the checkpoint, the name in the transformers model, and for t
 the name relative to the block. `bind` matches them once.
 
 Outline: `WeightSource` is the interface, `CheckpointSource` reads a folder block by block, and
-`ModuleSource` prunes a loaded model in place.
+`ModuleSource` prunes a loaded model in place. `OpenModel` is a source with its skeleton.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -139,7 +140,7 @@ class CheckpointSource:
         self.stored_names, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         stored = self.stored_names
         self._refuse_unknown(skeleton, unknown)
-        skeleton.untie(self._are_equal)
+        skeleton.vocabulary_weights.untie(self._are_equal)
         self._check_outside(skeleton)
         expected = skeleton.model.state_dict()
         self._blocks, self._fused = [], []
@@ -417,7 +418,9 @@ class ModuleSource:
             )
         state = self.model.state_dict(keep_vars=True)
         # The skeleton has a name for each expert, also if the model has one tensor for all of them.
-        skeleton.untie(lambda a, b: not {a, b} <= state.keys() or state[a] is state[b])
+        skeleton.vocabulary_weights.untie(
+            lambda a, b: not {a, b} <= state.keys() or state[a] is state[b]
+        )
         self._path = skeleton.path
         self._fused = [
             {tensor.name: tensor for tensor in skeleton.fused(i)} for i in range(len(skeleton))
@@ -479,3 +482,70 @@ def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
             "or float32"
         )
     return max(totals, key=totals.__getitem__)
+
+
+#: The weights of a model, stored or loaded, block by block.
+Readable = CheckpointSource | ModuleSource
+
+
+def bound_skeleton(
+    source: Readable,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Skeleton:
+    """The model of a source without weights, whose names are matched with the stored ones.
+
+    Args:
+        source: The weights.
+        trust_remote_code: Let transformers run code that comes with the checkpoint.
+        dtype: Dtype of the computation; None for the stored one.
+    """
+    skeleton = Skeleton(source.config, dtype or source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    return skeleton
+
+
+def open_weights(
+    model: OpenFolder | nn.Module, trust_remote_code: bool
+) -> tuple[Readable, Skeleton]:
+    """The weights of a model, stored or loaded, and the model without weights."""
+    source: Readable = (
+        ModuleSource(model) if isinstance(model, nn.Module) else CheckpointSource(model)
+    )
+    return source, bound_skeleton(source, trust_remote_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model that can be read, before a run decides anything about it.
+
+    Attributes:
+        name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights: in its stored dtype, or in that of the computation if
+            a plan has chosen one.
+        device: Where blocks run.
+    """
+
+    name: str
+    source: Readable
+    skeleton: Skeleton
+    device: torch.device
+
+    @property
+    def checkpoint(self) -> CheckpointSource:
+        """The source of a run that reads a checkpoint.
+
+        Raises:
+            TypeError: The run changes a loaded model.
+        """
+        if isinstance(self.source, ModuleSource):
+            raise TypeError(f"{self.name} is a loaded model, which has no checkpoint")
+        return self.source
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights of the source in its files; 0 for a loaded model, which has none."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)

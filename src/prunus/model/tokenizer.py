@@ -45,7 +45,7 @@ def load_tokenizer(folder: OpenFolder) -> Any:
         ValueError: There is none, a number in its files is beyond all limits, or it cannot be
             loaded; quotes the reason in one line.
     """
-    return _load(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
+    return _load_processor(AutoTokenizer, folder, "tokenizer", _TOKENIZER_REMEDY)
 
 
 def check_tokenizer(folder: OpenFolder) -> None:
@@ -79,10 +79,10 @@ def load_image_processor(folder: OpenFolder) -> Any:
             loaded; quotes the reason in one line.
     """
     remedy = "copy its preprocessor_config.json from the dense model"
-    return _load(AutoImageProcessor, folder, "image processor", remedy, backend="pil")
+    return _load_processor(AutoImageProcessor, folder, "image processor", remedy, backend="pil")
 
 
-def _load(loader: Any, folder: OpenFolder, what: str, remedy: str, **options: Any) -> Any:
+def _load_processor(loader: Any, folder: OpenFolder, what: str, remedy: str, **options: Any) -> Any:
     """What a class of transformers loads from a folder.
 
     Messages call it `what`, and end with `remedy`. `options` are those of `from_pretrained`.

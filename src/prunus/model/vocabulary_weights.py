@@ -1,17 +1,20 @@
 """The weights with a row for each token: the input embedding and the output head.
 
-All rules about them are here: which modules have them, whether the two are one weight, and under
-which names a checkpoint stores it. `Skeleton.vocabulary_weights` hands them on.
+All rules about them are here: which modules have them, whether the two are one weight, under which
+names a checkpoint stores it, and whether it can be pruned or rounded.
+`Skeleton.vocabulary_weights` hands them on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from prunus.model.kinds import Kind
 from prunus.model.linears import Linear
 
 
@@ -19,13 +22,15 @@ from prunus.model.linears import Linear
 class VocabularyWeights:
     """The input embedding and the output head of a transformers model, by their full names.
 
-    Nothing is kept, because reading a checkpoint may untie the two; see `Skeleton.untie`.
+    Nothing is kept, because reading a checkpoint may untie the two; see `untie`.
 
     Attributes:
         model: The model.
+        kind: What it takes and returns.
     """
 
     model: Any
+    kind: Kind
 
     @property
     def embedding(self) -> Linear:
@@ -44,6 +49,41 @@ class VocabularyWeights:
         return next((Linear(name, module) for name in names), None)
 
     @property
+    def head_of_next_token(self) -> Linear | None:
+        """The head of a causal language model, which follows the blocks; None for other kinds."""
+        return self.head if self.kind.is_causal else None
+
+    @property
+    def linear_head(self) -> Linear:
+        """The head of a causal language model as a linear.
+
+        Raises:
+            NotImplementedError: There is none, or it is no `nn.Linear`.
+        """
+        head = self.head_of_next_token
+        if head is None or not isinstance(head.module, nn.Linear):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
+                "be pruned; leave `head` out"
+            )
+        return head
+
+    @property
+    def prunable_head(self) -> Linear:
+        """The same, if pruning it does not change the embedding.
+
+        Raises:
+            NotImplementedError: As `linear_head`, or the head is tied to the embedding.
+        """
+        head = self.linear_head
+        if self.is_tied:
+            raise NotImplementedError(
+                f"{head.name} is tied to the input embedding: pruning it would prune the "
+                "embedding; leave `head` out"
+            )
+        return head
+
+    @property
     def own_head(self) -> Linear | None:
         """The head if it is an `nn.Linear` that is not tied to the embedding; else None."""
         head = self.head
@@ -60,9 +100,32 @@ class VocabularyWeights:
         return head is not None and head.weight is self.model.get_input_embeddings().weight
 
     @property
+    def rows(self) -> int:
+        """The number of rows of the head, or of the embedding without a head."""
+        module = self.model.get_output_embeddings() or self.model.get_input_embeddings()
+        return int(module.weight.shape[0])
+
+    @property
     def of_logits(self) -> Linear | None:
         """The one whose weight makes the logits, of a tied weight the embedding."""
         return self.embedding if self.is_tied else self.head
+
+    def untie(self, equal: Callable[[str, str], bool]) -> None:
+        """Give names that share a parameter one each if their stored numbers differ.
+
+        A configuration may ask for a head that is the embedding, while the checkpoint stores two
+        weights. transformers then loads both, and so do all that run this model.
+
+        Args:
+            equal: Whether two names of one parameter, of which the first comes first in the model,
+                have the same numbers. A name that is not stored is equal to all others.
+        """
+        first: dict[int, str] = {}
+        for name, shared in self.model.state_dict(keep_vars=True).items():
+            if not equal(first.setdefault(id(shared), name), name):
+                path, _, leaf = name.rpartition(".")
+                own = nn.Parameter(torch.empty_like(shared), requires_grad=False)
+                setattr(self.model.get_submodule(path), leaf, own)
 
     def roundable(self, keys: Mapping[str, str]) -> dict[str, list[str]]:
         """Embedding and head, as far as they can have types -> stored names of the weight.

@@ -25,13 +25,10 @@ from prunus.model.checkpoint.files import check_file_place
 from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.checkpoint.tensor_files import Checkpoint, save_safetensors
 from prunus.model.linears import Linear
-from prunus.model.open_folder import OpenFolder
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
+from prunus.model.source import Readable, open_weights, tensors_digest
 from prunus.words import did_you_mean
 
-#: The weights of a model, stored or loaded, block by block.
-Readable = CheckpointSource | ModuleSource
 #: The suffix of files of masks and of statistics.
 SUFFIX = ".safetensors"
 _Content = TypeVar("_Content")
@@ -190,18 +187,6 @@ def masks(
     if target is not None:
         found.save(target)
     return found
-
-
-def open_weights(
-    model: OpenFolder | nn.Module, trust_remote_code: bool
-) -> tuple[Readable, Skeleton]:
-    """The weights of a model, stored or loaded, and the model without weights."""
-    source: Readable = (
-        ModuleSource(model) if isinstance(model, nn.Module) else CheckpointSource(model)
-    )
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
-    return source, skeleton
 
 
 def stored_linears(

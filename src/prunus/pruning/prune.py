@@ -13,7 +13,6 @@ from prunus.engine.command import run_verb
 from prunus.engine.forecast import Trial
 from prunus.engine.linear_command import LinearCommand
 from prunus.engine.linear_plan import LinearPlan, LinearSelection, LinearStep, Storage
-from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions
 from prunus.engine.session import shown_session
 from prunus.methods.own_code import GIVEN
@@ -21,7 +20,7 @@ from prunus.methods.table import Method
 from prunus.model.checkpoint.tensor_files import Checkpoint
 from prunus.model.kinds import kind_of
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import ModuleSource
+from prunus.model.source import ModuleSource, OpenModel
 from prunus.options import takes
 from prunus.pruning.allocate_sparsity import measured_curves
 from prunus.pruning.manifest import Manifest, pruned_card

@@ -134,7 +134,7 @@ def _shares(recipe: PruningOptions, skeleton: Skeleton, linears: LinearSelection
         {name: math.prod(x.shape) for name, (i, x) in every if i == index and x.name in names}
         for index, names in enumerate(linears.selected)
     ]
-    heads = [skeleton.head()] if recipe.extras.head else []
+    heads = [skeleton.vocabulary_weights.prunable_head] if recipe.extras.head else []
     outside = {head.name: math.prod(head.shape) for head in heads}
     return shares_by_hand(
         recipe.sparsity_of, blocks, recipe.sparsity, recipe.asked_sparsity, outside

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -74,7 +74,7 @@ def recover(
     output: str | Path,
     mode: str | None = None,
     *,
-    teacher: str | Path | None = None,
+    teacher: str | Path | OpenFolder | None = None,
     progress: Callable[[Step], None] | bool | None = True,
     announce: Callable[[Any], None] | None = None,
     **options: Any,
@@ -139,35 +139,31 @@ class Recovering(Command[RecoveryPlan, RecoveryRecord]):
 
     RECIPE, KIND = RecoveryOptions, RecoveryRecord
 
-    teacher: str | Path | None = None
+    teacher: str | Path | OpenFolder | None = None
     opened: OpenFolder | None = None
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        output: str | Path | None,
-        recipe: Any,
-        options: Mapping[str, Any],
-        calibration: Any = None,
-        **fields: Any,
-    ) -> Self:
-        """See `Command.of`. If no mode is given, it is the one that follows from the model."""
-        if not options.get("mode"):
-            fields["opened"] = open_folder(model, unpacks=False)
-            options = {**options, "mode": default_mode(fields["opened"])}
-        return super().of(model, output, recipe, options, calibration, **fields)
+    def completed(
+        cls, model: Any, recipe: Any, options: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """See `Command.completed`. A mode that is not given follows from the model."""
+        if options.get("mode"):
+            return options, {}
+        opened = open_folder(model, unpacks=False)
+        return {**options, "mode": default_mode(opened)}, {"opened": opened}
 
     @property
     def result(self) -> RecoveryResult | None:
         """The folder of the result, which lies apart from both models."""
-        apart = () if self.teacher is None else (Path(self.teacher),)
+        apart = () if self.teacher is None else (Path(str(self.teacher)),)
         return None if self.output is None else RecoveryResult(self.output, self.KIND, apart)
 
     def plan(self, session: Session = SILENT, decided_dtype: str | None = None) -> RecoveryPlan:
         """See `plan_recovery`. The dtype follows from the device, also in a resumed run."""
-        plan = plan_recovery(self.opened or self.model, self.recipe, self.options, self.teacher)
-        return replace(plan, name=self.model_name)
+        return replace(
+            plan_recovery(self.opened or self.model, self.recipe, self.options, self.teacher),
+            name=self.model_name,
+        )
 
     def inputs(self, plan: RecoveryPlan, session: Session) -> tuple[RecoveryInputs, TrainingText]:
         """See `recovery_inputs`."""

@@ -16,7 +16,6 @@ from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
 from prunus.calibration.windows import WindowRequest, check_context
 from prunus.distributed import ranks
-from prunus.engine.open_model import OpenModel
 from prunus.engine.run_options import RunOptions
 from prunus.model.checkpoint.files import file_digest, read_card
 from prunus.model.checkpoint.output_folder import check_companions
@@ -25,7 +24,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.open_folder import ADAPTER_CONFIG, OpenFolder
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
+from prunus.model.source import CheckpointSource, OpenModel, bound_skeleton
 from prunus.model.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.learner import products_dtype
@@ -218,9 +217,7 @@ def _open(folder: OpenFolder) -> tuple[CheckpointSource, Skeleton]:
     """A checkpoint of a causal LM, bound to the skeleton of its model."""
     source = CheckpointSource(folder)
     require_causal(source.config, "prunus recover")
-    skeleton = Skeleton(source.config, source.stored_dtype)
-    source.bind(skeleton)
-    return source, skeleton
+    return source, bound_skeleton(source)
 
 
 def full_fingerprint(source: CheckpointSource) -> str:

@@ -13,7 +13,6 @@ import torch
 
 from prunus.hardware.machine import keep_freed_memory
 from prunus.model.adapter import add_lora
-from prunus.model.checkpoint.resolve import open_folder
 from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import JOINED_ATTENTION, Linear
 from prunus.model.loading import load_model
@@ -49,7 +48,7 @@ def load_student(plan: RecoveryPlan) -> tuple[Trainable, int]:
         # Each step frees and allocates the logits. glibc would give them back to the system.
         keep_freed_memory()
     # In mode lora no stored weight is updated, so they need not be float32.
-    model = _load(plan, folder, plan.dtype if recipe.mode == "lora" else torch.float32)
+    model = _load_on_device(plan, folder, plan.dtype if recipe.mode == "lora" else torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if recipe.mode == "lora":
         return lora(model, block_linears(model), recipe, base_name(plan.name)), parameters
@@ -77,17 +76,17 @@ def load_teacher(plan: RecoveryPlan) -> Any:
     """The dense model in memory, without gradients; None if the plan has no teacher."""
     if plan.teacher is None:
         return None
-    teacher = _load(plan, plan.teacher.folder, plan.dtype)
+    teacher = _load_on_device(plan, plan.teacher.folder, plan.dtype)
     teacher.requires_grad_(False)
     return teacher
 
 
 def base_name(model: str | Path) -> str:
     """What an adapter names as its base: a hub id, or a path that holds in any directory."""
-    return str(open_folder(model).path.resolve()) if Path(model).is_dir() else str(model)
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
-def _load(plan: RecoveryPlan, folder: OpenFolder, dtype: torch.dtype) -> Any:
+def _load_on_device(plan: RecoveryPlan, folder: OpenFolder, dtype: torch.dtype) -> Any:
     """A model in memory on the device of the plan, with the attention that is fastest there."""
     short = plan.recipe.seqlen <= _MAX_EAGER_TOKENS
     attention = "eager" if plan.device.type == "cpu" and short else None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear, find_block_list, find_linears
 from prunus.model.vocabulary_weights import VocabularyWeights
 from prunus.pruning.manifest import Manifest
@@ -112,7 +113,7 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
         NotImplementedError: The model is not a stack of blocks.
     """
     linears = block_linears(model)
-    head = VocabularyWeights(model).own_head
+    head = VocabularyWeights(model, CAUSAL).own_head
     heads = {head.name: head} if head is not None else {}
     linears |= heads
     if (recorded := _recorded_linears(folder, {*heads})) is not None:

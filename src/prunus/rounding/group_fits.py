@@ -90,7 +90,7 @@ def round_to_nearest(
         importance_I: float32, weighs the squared error of each column, such as the mean square of
             an input (llama.cpp's importance matrix); None, or all zeros, for equal weights.
     """
-    weight_OI, importance_I = _as_stored(weight_OI, quantizer, importance_I)
+    weight_OI, importance_I = _in_stored_order(weight_OI, quantizer, importance_I)
     parts = []
     for rows_OI in weight_OI.split(max(1, _ELEMENTS // weight_OI.shape[1])):
         weight_IO = rows_OI.float().T.contiguous()
@@ -113,7 +113,7 @@ def rounded_rows(
     All spans are fitted at once, as if each were a run of rows, and no bytes are packed. For a few
     rows this takes a fraction of the time, most of which would be that of calling torch.
     """
-    weight_OI, importance_I = _as_stored(weight_OI.float(), quantizer, importance_I)
+    weight_OI, importance_I = _in_stored_order(weight_OI.float(), quantizer, importance_I)
     importance_BS = importance_I.view(-1, quantizer.span).T
     weight_BSO = weight_OI.T.unflatten(0, (-1, quantizer.span)).transpose(0, 1)
     scales, levels = _fit_span(weight_BSO.flatten(1), importance_BS.contiguous(), quantizer)
@@ -126,7 +126,7 @@ def rounded_rows(
     return rounded_OI[:, torch.tensor(order).argsort()] if order else rounded_OI
 
 
-def _as_stored(
+def _in_stored_order(
     weight_OI: Tensor, quantizer: GroupQuantizer, importance_I: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A weight with its columns in the order in which they are stored, and their importances."""

@@ -237,7 +237,9 @@ def measuring_memory(plan: RunPlan, feedback: bool) -> BlockMemory:
     transient = activation_bytes(tokens, length, hidden, widest, heads, itemsize)
     if skeleton.kind is CAUSAL:
         # The head sees one window: its logits, their logarithms, and the gradients of both.
-        transient = max(transient, skeleton.vocabulary * (hidden * itemsize + 16 * length))
+        transient = max(
+            transient, skeleton.vocabulary_weights.rows * (hidden * itemsize + 16 * length)
+        )
     # A curve sorts some rows of a linear.
     curve = 3 * 4 * _CURVE_ROWS * widest
     return BlockMemory(
@@ -322,7 +324,7 @@ def _gradient_of_loss(
 ) -> tuple[Tensor, dict[str, _Sums]]:
     """The gradient of Σ log p(y) at the outputs of the last block, and the sums of the head."""
     skeleton = stream.skeleton
-    head = [skeleton.head(may_be_tied=True)] if measurement.outside else []
+    head = [skeleton.vocabulary_weights.linear_head] if measurement.outside else []
 
     def measure(factor: float) -> tuple[Tensor, dict[str, _Sums]]:
         rows, sums = [], measurement.sums(head, stream.device, factor)

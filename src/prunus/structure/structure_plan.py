@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.engine.open_model import OpenModel, open_model
-from prunus.engine.run_facts import run_facts
+from prunus.engine.run_facts import open_model, run_facts
 from prunus.engine.run_options import RunOptions
 from prunus.engine.run_plan import RunPlan, windows_per_batch, with_memory
 from prunus.engine.session import SILENT, Session
@@ -27,6 +26,7 @@ from prunus.model.config import (
 )
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
+from prunus.model.source import OpenModel
 from prunus.structure.structure_record import Amount, StructureRecipe
 from prunus.structure.tensor_layout import check_same_blocks, experts_in
 

@@ -193,7 +193,7 @@ class Runner:
         table = self.sweep.recovery[cell.recovery or ""]
         chosen = {"device": self.options.device, "data": self.options.data} | table
         if table.get("teacher") == "dense":
-            chosen["teacher"] = Path(self.results.models[cell.model].path)
+            chosen["teacher"] = self.models[cell.model]
         folder = cell.folder(self.output)
         weights = in_held(folder / _WEIGHTS)
         make_folder(folder)
@@ -230,8 +230,7 @@ class Runner:
         if record.size is None:
             record.size = stored_size(model)
         # A cell is compared with the dense model, which is compared with nothing.
-        is_cell = isinstance(record, CellResult)
-        reference = self.models[label] if is_cell else None
+        reference = self.models[label] if isinstance(record, CellResult) else None
         how = scoring.arguments(TextOptions, self.options)
         for text in scoring.texts:
             if text not in record.scores:

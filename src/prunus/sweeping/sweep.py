@@ -119,13 +119,12 @@ def check_sweep(
             cells.
     """
     fresh = check_folder(sweep, output)
-    models, sources, scorer = {}, {}, dict[str, str]()
+    models, scorer, sources = {}, dict[str, str](), dict[str, CheckpointSource]()
     opened = opened or open_models(sweep, options)
     for label, folder in opened.items():
         check_apart(output, folder.path)
-        source = CheckpointSource(folder)
+        source = sources[label] = CheckpointSource(folder)
         require_causal(source.config, f"a sweep (of {sweep.labels()[label]})")
-        sources[label] = source
         models[label] = DenseResult(
             path=str(folder.path), fingerprint=source.fingerprint, state="waiting"
         )
@@ -155,8 +154,7 @@ def check_sweep(
         cells=sweep.cells(),
     )
     if not fresh:
-        today = Today(results, sweep, opened, output, options)
-        enter_earlier(SweepResults.load(output), today)
+        enter_earlier(SweepResults.load(output), Today(results, sweep, opened, output, options))
     for cell in results.cells:
         if cell.state != "done":
             with naming(cell):

@@ -230,7 +230,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(dense, tmp
 def test_the_memory_budget_limits_a_device_as_it_limits_the_host(dense, tmp_path, monkeypatch):
     ids = token_ids(8, 16)
     recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
-    monkeypatch.setattr("prunus.engine.open_model.choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("prunus.engine.run_facts.choose_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     free = int(0.9 * 2**40)
     for memory, budget in ((None, free), (2**31, 2**31), (2**41, free)):

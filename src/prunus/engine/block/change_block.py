@@ -142,7 +142,7 @@ class BlockChanger:
             RankError: The ranks have pruned to different bytes.
         """
         started = time.perf_counter()
-        state = self._load(position, stored)
+        state = self._load_block(position, stored)
         self._note_zeros(state)
         self._walk(state)
         if state.reconstruction is not None:
@@ -169,7 +169,7 @@ class BlockChanger:
             message += ", with one batch in flight: paused windows do not fit in the memory budget"
         return FinishedBlock(state.finished, record, message, state.rounded)
 
-    def _load(self, index: int, stored: StoredBlock) -> BlockState:
+    def _load_block(self, index: int, stored: StoredBlock) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
         plan, name = self.plan, self.skeleton.block_name(index)
         selected, walk = plan.selected[index], self.walks[index]
@@ -195,7 +195,7 @@ class BlockChanger:
         return BlockState(
             index=index,
             name=name,
-            stored=stored.tensors,
+            dense_tensors=stored.tensors,
             module=module,
             linears=linears,
             walk=walk,
@@ -206,7 +206,7 @@ class BlockChanger:
 
     def _note_zeros(self, state: BlockState) -> None:
         """Say before the first block that the model is sparse already."""
-        weights = [state.stored[f"{linear.name}.weight"] for linear in state.linears]
+        weights = [state.dense_tensors[f"{linear.name}.weight"] for linear in state.linears]
         count = sum(weight.numel() for weight in weights)
         zeros = sum(map(count_zeros, weights)) if state.index == 0 else 0
         if zeros > SPARSE * count:
@@ -268,7 +268,7 @@ class BlockChanger:
             ),
             linear,
             full_name,
-            state.stored[key],
+            state.dense_tensors[key],
             statistics,
             self.round_as,
         )
@@ -286,7 +286,9 @@ class BlockChanger:
         Then replace the hidden states by the outputs of the trained block. If a block is not
         trained, the walk has done that already.
         """
-        trained_tensors, state.reconstructed = reconstruction.run(state.stored, state.changed)
+        trained_tensors, state.reconstructed = reconstruction.run(
+            state.dense_tensors, state.changed
+        )
         state.changed |= trained_tensors
         for linear in state.linears:
             # Training may round a small weight to zero.
@@ -324,7 +326,7 @@ class BlockChanger:
         Returns:
             The pruned weight by its name in the model, in its stored dtype, and its record.
         """
-        head = self.skeleton.head()
+        head = self.skeleton.vocabulary_weights.prunable_head
         key, device = f"{head.name}.weight", self.plan.device
         with self.skeleton.outside_blocks(self.plan.source.read_outside, device, with_head=True):
             statistics = self._head_statistics(head, batches)
@@ -350,7 +352,8 @@ class BlockChanger:
         """
         read, device = self.plan.source.read_outside, self.plan.device
         with self.skeleton.outside_blocks(read, device, with_head=True):
-            return self._head_statistics(self.skeleton.head(may_be_tied=True), batches)
+            head = self.skeleton.vocabulary_weights.linear_head
+            return self._head_statistics(head, batches)
 
     def _head_statistics(self, head: Linear, batches: Sequence[torch.Tensor]) -> InputStatistics:
         """`head_statistics`, while the head has its weight."""
@@ -378,7 +381,7 @@ class BlockState:
     Attributes:
         index: Position of the block.
         name: Name of the block in the model, such as `model.layers.3`.
-        stored: Its dense tensors by relative name, in the checkpoint's dtypes and on the host.
+        dense_tensors: By relative name, in the checkpoint's dtypes and on the host.
         module: The block with its weights in place, on the device. The walk changes them.
         linears: The linears to prune, in the order of registration.
         walk: How the windows go through the block; see `walks.py`.
@@ -386,8 +389,8 @@ class BlockState:
             tokens that did not choose it.
         dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.
         reconstruction: How the block is trained after the walk; None if it is not.
-        changed: The finished tensors by relative name, as far as they differ from `stored`, in the
-            dtypes of `stored`.
+        changed: The finished tensors by relative name, as far as they differ from
+            `dense_tensors`, in its dtypes.
         records: The records of the linears, by relative name.
         rounded: The linears that a format stores in types of its own, by relative name.
         reconstructed: The record of the training; None before it, or if there is none.
@@ -395,7 +398,7 @@ class BlockState:
 
     index: int
     name: str
-    stored: Mapping[str, torch.Tensor]
+    dense_tensors: Mapping[str, torch.Tensor]
     module: nn.Module
     linears: list[Linear]
     walk: Walk
@@ -410,4 +413,4 @@ class BlockState:
     @property
     def finished(self) -> dict[str, torch.Tensor]:
         """All tensors of the block by relative name, as far as they are pruned."""
-        return {**self.stored, **self.changed}
+        return {**self.dense_tensors, **self.changed}

@@ -10,9 +10,9 @@ nothing behind it knows. A weight is expanded when it is read, with the arithmet
 own program: rounded to the dtype of its scales, then to that of the result. All that can be wrong
 is found when the folder is opened, for which headers and scales are read.
 
-Outline: `Coded` is a weight in memory, and `Stored` looks up its parts in a checkpoint. A layout
-is a function from `Stored` to a `Weight`, which says how one weight is read. `METHODS` has the
-layouts of each method.
+Outline: `Coded` is a weight in memory, and `StoredParts` looks up its parts in a checkpoint. A
+layout is a function from `StoredParts` to a `Weight`, which says how one weight is read. `METHODS`
+has the layouts of each method.
 
 Shape suffixes: O outputs, I inputs, X and Y rows and columns of the scales, N rows, K bytes.
 """
@@ -166,7 +166,7 @@ class Weight(NamedTuple):
         return matrix
 
 
-class Stored:
+class StoredParts:
     """The parts of one weight in a checkpoint, which are checked when they are asked for.
 
     Args:
@@ -342,7 +342,7 @@ class Stored:
         return forms[found]
 
 
-def _gptq(stored: Stored) -> Weight:
+def _gptq(stored: StoredParts) -> Weight:
     """GPTQ: columns of 32-bit words. Version 1 of the format stores each zero point less 1."""
     form = stored.described.get("checkpoint_format", stored.described.get("format", "gptq"))
     if stored.described.get("packing_format") in GPTQ_V2_PACKINGS:
@@ -370,7 +370,7 @@ def _gptq(stored: Stored) -> Weight:
     return Weight(f"{stored.stem}weight", stored.parts, shape, coded)
 
 
-def _awq(stored: Stored) -> Weight:
+def _awq(stored: StoredParts) -> Weight:
     """AWQ: rows of 32-bit words. The columns of a word have an order of their own in 4 bits."""
     version = str(stored.described.get("version", stored.described.get("format", "gemm"))).lower()
     if version != "gemm":
@@ -395,7 +395,7 @@ def _awq(stored: Stored) -> Weight:
     return Weight(f"{stored.stem}weight", stored.parts, (outputs, inputs), coded)
 
 
-def _bits(stored: Stored, outputs: int) -> tuple[int, int]:
+def _bits(stored: StoredParts, outputs: int) -> tuple[int, int]:
     """The groups and the bits of the codes of GPTQ or AWQ, by the shape of the zero points."""
     method, described = stored.described["quant_method"], stored.described.get("bits")
     known, kind = _BITS[method], str(stored.described.get("data_type", "int"))
@@ -412,7 +412,7 @@ def _bits(stored: Stored, outputs: int) -> tuple[int, int]:
     return groups, bits
 
 
-def _mxfp4(stored: Stored) -> Weight:
+def _mxfp4(stored: StoredParts) -> Weight:
     """The experts of gpt-oss: blocks of 32 FP4 values, of the transposed matrices."""
     shape = stored.part("_blocks", axes=4, dtypes=(torch.uint8,)).shape
     experts, outputs, groups, size = shape
@@ -427,7 +427,7 @@ def _mxfp4(stored: Stored) -> Weight:
     return Weight(stored.stem, stored.parts, (experts, 32 * groups, outputs), coded, True)
 
 
-def _packed(stored: Stored) -> Weight:
+def _packed(stored: StoredParts) -> Weight:
     """compressed-tensors: integers of 1 to 8 bits in 32-bit words."""
     info = stored.part("_packed", axes=2, dtypes=(torch.int32, torch.uint8))
     if info.dtype == torch.uint8:
@@ -459,7 +459,7 @@ def _packed(stored: Stored) -> Weight:
 
 
 def _check_kind(
-    stored: Stored,
+    stored: StoredParts,
     kind: Mapping[str, Any],
     shape: tuple[int, ...],
     block: tuple[int, int],
@@ -472,7 +472,7 @@ def _check_kind(
     stored.zeros("_zero_point", "symmetric", kind.get("symmetric") is not False, zeros, middle)
 
 
-def _packed_fp4(stored: Stored) -> Weight:
+def _packed_fp4(stored: StoredParts) -> Weight:
     """compressed-tensors: NVFP4, whose weight has a scale for its scales, or MXFP4 without one."""
     outputs, half = stored.checkpoint.tensors[stored.parts["_packed"]].shape
     shape = outputs, 2 * half
@@ -495,7 +495,7 @@ def _packed_fp4(stored: Stored) -> Weight:
     return Weight(stored.stem, stored.parts, shape, coded)
 
 
-def _scaled(stored: Stored) -> Weight:
+def _scaled(stored: StoredParts) -> Weight:
     """Floats or integers of 8 bits, with scales for the tensor, its rows, groups or blocks."""
     is_described = stored.described["quant_method"] == "compressed-tensors"
     info = stored.part("", dtypes=_BYTES if is_described else _FP8)
@@ -531,7 +531,7 @@ def _rows_and_columns(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[i
 
 #: `quant_method` -> the end of the name of the part that has the codes -> its layout. Without such
 #: an end it is a tensor in FP8 or int8 with the name of the weight.
-METHODS: dict[str, dict[str, Callable[[Stored], Weight]]] = {
+METHODS: dict[str, dict[str, Callable[[StoredParts], Weight]]] = {
     "awq": {"qweight": _awq},
     "compressed-tensors": {"_packed": _packed, "": _scaled},
     "fbgemm_fp8": {"": _scaled},
@@ -558,7 +558,7 @@ class DenseCheckpoint(Checkpoint):
     below. Every other method of `Checkpoint` calls these, or tells of files.
 
     Args:
-        stored: The files.
+        files: The checkpoint as it is stored.
         described: The entry quantization_config of config.json.
         dtype: The dtype of the weights that are expanded.
 
@@ -566,56 +566,54 @@ class DenseCheckpoint(Checkpoint):
         ValueError: prunus does not read the method, or the tensors are not what it stores.
     """
 
-    def __init__(
-        self, stored: Checkpoint, described: Mapping[str, Any], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, files: Checkpoint, described: Mapping[str, Any], dtype: torch.dtype) -> None:
         if (method := method_of(described)) not in METHODS:
-            raise ValueError(_unread(stored.folder, method, method))
-        check_fields(stored.folder, described)
-        vars(self).update(vars(stored))  # in place of the constructor, which opens files
-        self._stored, self._dtype = stored, dtype
-        self._weights = {weight.name: weight for weight in _weights(stored, described)}
+            raise ValueError(_unread(files.folder, method, method))
+        check_fields(files.folder, described)
+        vars(self).update(vars(files))  # in place of the constructor, which opens files
+        self._files, self._dtype = files, dtype
+        self._weights = {weight.name: weight for weight in _weights(files, described)}
         if not self._weights:
             raise ValueError(
-                f"{stored.folder}: config.json says that the weights are quantised by "
+                f"{files.folder}: config.json says that the weights are quantised by "
                 f"{described['quant_method']}, and no tensor is stored so: config and weights do "
                 "not belong together"
             )
         parts = {name for weight in self._weights.values() for name in weight.parts.values()}
         self.tensors = {
             name: info
-            for name, info in stored.tensors.items()
+            for name, info in files.tensors.items()
             if name not in parts and not _OF_ACTIVATIONS.search(name)
         }
         for name, weight in self._weights.items():
-            file = stored.tensors[next(iter(weight.parts.values()))].file
+            file = files.tensors[next(iter(weight.parts.values()))].file
             self.tensors[name] = TensorInfo(file, weight.shape, dtype, 0)
 
     def read(self, names: Iterable[str], pinned: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, dense tensor) in the given order; see `Checkpoint.read`."""
         for name in names:
             if name in self._weights:
-                yield name, self._weights[name].read(self._stored, self._dtype, pinned)
+                yield name, self._weights[name].read(self._files, self._dtype, pinned)
             else:
-                yield from self._stored.read([name], pinned)
+                yield from self._files.read([name], pinned)
 
     def pieces(self, name: str, most: int = VALUES, begin: int = 0) -> Iterator[Tensor]:
         """The values of a dense tensor in order; see `Checkpoint.pieces`."""
         if name not in self._weights:
-            return self._stored.pieces(name, most, begin)
+            return self._files.pieces(name, most, begin)
         size = self._dtype.itemsize
         return iter(self.whole(name).flatten()[begin // size :].split(most // size))
 
     def first_matrix(self, name: str) -> Tensor:
         """The first matrix of a dense tensor; see `Checkpoint.first_matrix`."""
         if name not in self._weights:
-            return self._stored.first_matrix(name)
-        return self._weights[name].read_first_matrix(self._stored, self._dtype)
+            return self._files.first_matrix(name)
+        return self._weights[name].read_first_matrix(self._files, self._dtype)
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of all parts of a tensor."""
         parts = self._weights[name].parts.values() if name in self._weights else [name]
-        return self._stored.nbytes(parts)
+        return self._files.nbytes(parts)
 
 
 def _weights(checkpoint: Checkpoint, described: Mapping[str, Any]) -> Iterator[Weight]:
@@ -627,6 +625,6 @@ def _weights(checkpoint: Checkpoint, described: Mapping[str, Any]) -> Iterator[W
         for name in sorted(checkpoint.tensors):
             is_code = bool(end) or checkpoint.tensors[name].dtype in _BYTES
             if name.endswith(end) and is_code and name not in taken:
-                weight = layout(Stored(checkpoint, name.removesuffix(end), described, rules))
+                weight = layout(StoredParts(checkpoint, name.removesuffix(end), described, rules))
                 taken |= set(weight.parts.values())
                 yield weight
