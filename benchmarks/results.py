@@ -44,7 +44,7 @@ def prunus(words: list[str], log: Path) -> tuple[float, int]:
     Raises:
         RuntimeError: It failed.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "prunus", *words]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -124,28 +124,31 @@ class Measurement:
             remove(self.out(row, variant))
 
 
-def begun(path: Path, command: str) -> dict[str, Any]:
-    """The figures of a stopped run of this version and machine; new ones without such a run."""
+def begun(path: Path, command: str, scoring: str = "") -> dict[str, Any]:
+    """The figures of a stopped run with this version, machine and scoring; else new ones."""
     from prunus.hardware.machine import processor_name
 
+    figures: dict[str, Any] = {"scoring": scoring} if scoring else {}
     if path.exists():
-        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if is_fresh(figures) and figures["hardware"]["processor"] == processor_name():
-            return figures
-    save(path, {}, command)
-    return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        is_same = found["hardware"]["processor"] == processor_name()
+        if is_same and is_fresh(found) and found.get("scoring", "") == scoring:
+            return dict(found)
+    save(path, figures, command)
+    return figures
 
 
 def run_rows(name: str, path: Path, models: Path) -> None:
     """Measure the rows of a result for each of its models, as far as they are not in `path`."""
     result, command = LIST["results"][name], f"make results RESULTS={name}"
-    figures = begun(path, command) | {"scoring": result.get("scoring", "")}
+    figures = begun(path, command, result.get("scoring", ""))
     for model in result["models"]:
         measurement = Measurement(result, checkpoint(model, models), path.parent / name / model)
         cells = figures.setdefault("cells", {}).setdefault(model, {})
         for row in result["rows"]:
             for variant in measurement.variants:
-                if variant in cells.setdefault(row, {}):
+                done = cells.setdefault(row, {}).get(variant, {})
+                if done.get("command") == f"prunus {measurement.command(row, variant)}":
                     continue
                 cell = measurement.make(row, variant)
                 cells[row][variant] = cell | {"texts": measurement.scores(row, variant)}
@@ -176,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="of WikiText-2 and C4")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "results")
     options = parser.parse_args()
-    os.environ["PRUNUS_DATA"] = str(options.data)
+    os.environ |= {"PRUNUS_DATA": str(options.data), "OMP_NUM_THREADS": "1"}
     for name in options.names:
         if name not in LIST["results"]:
             parser.error(f"there is no result {name!r}; there are {', '.join(LIST['results'])}")
