@@ -59,11 +59,14 @@ def is_fresh(figures: dict[str, Any]) -> bool:
 
 
 def source(figures: dict[str, Any], command: str) -> str:
-    """The sentence below a table: by what it was measured."""
+    """The sentence below a table: by what, when and on what it was measured."""
     hardware = figures["hardware"]
     threads = hardware["threads"]
     on = f"{hardware['processor']}, {threads} {'thread' if threads == 1 else 'threads'}"
-    return textwrap.fill(f"prunus {figures['version']}, {figures['date']}, {on}: `{command}`.", 100)
+    how = (
+        f"`{command}`" if is_fresh(figures) else f"**an older version**; `{command}` runs it again"
+    )
+    return textwrap.fill(f"prunus {figures['version']}, {figures['date']}, {on}: {how}.", 100)
 
 
 def checkpoint(model: str, models: Path) -> Path:

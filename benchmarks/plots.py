@@ -12,7 +12,7 @@ import re
 import statistics
 from typing import Any
 
-from figures import LIST, RESULTS, ROOT, read, source
+from figures import LIST, RESULTS, ROOT, VERSION, minor, read, source
 from window_errors import mcnemar, ratio_and_error
 
 #: The model of the proof that stands on the front page; smaller ones are a check.
@@ -50,15 +50,17 @@ def main() -> None:
 
 
 def with_tables(text: str) -> str:
-    """A page with each of its marked tables made anew, apart from those without figures."""
+    """A page with each of its marked tables made anew."""
 
     def replaced(match: re.Match[str]) -> str:
         name, result = match[1], RESULT_OF[match[1]]
-        if not (RESULTS / f"{result}.json").exists():
-            return match[0]
-        table = TABLES[name]() if name in TABLES else cell_table(result)
-        said = source(read(result), f"make results RESULTS={result}")
-        return f"<!-- table: {name} -->\n\n{table}\n\n{said}\n\n<!-- end -->"
+        command = f"make results RESULTS={result}"
+        if (RESULTS / f"{result}.json").exists():
+            table = TABLES[name]() if name in TABLES else cell_table(result)
+            table += f"\n\n{source(read(result), command)}"
+        else:
+            table = f"Not measured with version {minor(VERSION)} yet: `{command}`."
+        return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 
