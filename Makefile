@@ -10,7 +10,7 @@ export PRUNUS_SHARED ?= ../shared
 # Tests start many interpreters, and each of them would compile all modules, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow check size cuda docs sanitize wheel-test start-test vllm-test \
+.PHONY: demo test test-slow check size results cuda docs sanitize wheel-test start-test vllm-test \
 	gguf-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
@@ -36,10 +36,15 @@ check: $(STAMP)
 size: $(STAMP)
 	$(BIN)/python benchmarks/size.py
 
+# What the tables and plots of the pages show: all that is older than the package, or RESULTS, by
+# the names of benchmarks/results.toml. MODELS is the folder with the models.
+results: $(STAMP)
+	$(BIN)/python benchmarks/results.py $(RESULTS) --models $(MODELS)
+
 # On a machine with a CUDA device: the tests that need one, then a table of what runs take there.
 cuda: $(STAMP)
 	$(BIN)/python -m pytest -m cuda
-	$(BIN)/python benchmarks/gpu.py build/gpu --json docs/results/gpu.json
+	$(BIN)/python benchmarks/gpu.py build/gpu --json build/gpu.json
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

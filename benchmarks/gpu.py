@@ -1,6 +1,6 @@
 """What a run takes on a GPU, block by block, and what the result gives there. One command.
 
-    python benchmarks/gpu.py SCRATCH [--device cuda] [--json docs/results/gpu.json]
+    python benchmarks/gpu.py SCRATCH [--device cuda] [--json FILE]
 
 SCRATCH needs 8 GB. Models have random weights in the shapes of LLaMA-7B, LLaMA-13B and LLaMA-2-70B,
 two blocks each, and 128 windows of 2048 random tokens. The tables at the end are Markdown.
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import save
 from safetensors.torch import save_file
 from torch.sparse import to_sparse_semi_structured
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import prunus
-from prunus.hardware.machine import describe_hardware, peak_memory, versions
+from prunus.hardware.machine import peak_memory
 
 BLOCKS = 2
 # Name -> width, width inside the MLP, heads of keys and values.
@@ -174,8 +175,6 @@ def main() -> None:
     size = {"samples": options.windows, "seqlen": options.seqlen}
     results: dict[str, Any] = {
         "what": "What runs take on a GPU, by benchmarks/gpu.py.",
-        "hardware": describe_hardware(device),
-        "versions": versions(),
         "windows": shape,
         "runs": {},
     }
@@ -201,7 +200,7 @@ def main() -> None:
         shutil.rmtree(folder)
     print("\n" + show(results))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.json, results, "python benchmarks/gpu.py SCRATCH", str(device))
 
 
 if __name__ == "__main__":

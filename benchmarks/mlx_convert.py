@@ -1,7 +1,7 @@
 """What mlx_lm.convert and prunus lose at the same size, as MLX checkpoints.
 
-    python benchmarks/mlx_convert.py DENSE WORK --mlx VENV --data DIR [--bits 4] [--group 64]
-        [--peers convert,gptq,awq,dynamic_quant]
+    python benchmarks/mlx_convert.py WORK NAME=DENSE … --mlx VENV --data DIR --json FILE
+        [--bits 4] [--group 64] [--peers convert,gptq,awq,dynamic_quant]
 
 VENV is a virtual environment with mlx-lm (`pip install 'mlx[cpu]' mlx-lm`), which need not be that
 of prunus. `mlx_lm.convert -q` makes a folder, and `prunus compress --format mlx` makes another one
@@ -24,9 +24,10 @@ import argparse
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
+from typing import Any
 
+from figures import save
 from proof import once, write_calibration
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -70,73 +71,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dense", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("models", nargs="+", metavar="NAME=DENSE")
     parser.add_argument("--mlx", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--peers", default="convert")
+    parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    programs, options.work = options.mlx.resolve() / "bin", options.work.resolve()
+    results: dict[str, Any] = {}
+    if options.json.exists():
+        results = json.loads(options.json.read_text(encoding="utf-8"))
+    command = f"--bits {options.bits} --group {options.group} --peers {options.peers}"
+    command = f"python benchmarks/mlx_convert.py WORK NAME=DENSE … --mlx VENV {command}"
+    for given in options.models:
+        name, _, dense = given.partition("=")
+        if name not in results.setdefault("cells", {}):
+            work = options.work.resolve() / name
+            results["cells"][name] = measure(Path(dense).resolve(), work, options)
+            save(options.json, results, command)
+
+
+def measure(dense: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The folders of a model: their bytes, and their scores by text."""
+    programs = options.mlx.resolve() / "bin"
     # Programs of mlx-lm look for their calibration text below the home folder.
-    home = options.work / "home"
+    home = work / "home"
     calibration_text = home / ".cache/mlx-lm/calibration_v5.txt"
     calibration_text.parent.mkdir(parents=True, exist_ok=True)
-    once(
-        calibration_text,
-        lambda path: write_calibration(path, options.dense, 64, options.data),
-    )
-    seconds: dict[Path, float] = {}
-    folders: list[Path] = []
+    once(calibration_text, lambda path: write_calibration(path, dense, 64, options.data))
+    cells: dict[Path, dict[str, Any]] = {}
     for peer in options.peers.split(","):
-        made = options.work / peer
-        folders.append(made)
+        made = work / peer
         if not (made / "config.json").exists():
-            started = time.perf_counter()
             where = "--hf-path" if peer == "convert" else "--model"
-            command = [str(programs / f"mlx_lm.{peer}"), where, str(options.dense.resolve())]
-            command += ["--mlx-path", str(made)]
+            command = [str(programs / f"mlx_lm.{peer}"), where, str(dense), "--mlx-path", str(made)]
             command += PEERS[peer].format(bits=options.bits, group=options.group).split()
-            variables = os.environ | {"HOME": str(home)}
-            subprocess.run(command, check=True, cwd=options.work, env=variables)
-            seconds[made] = time.perf_counter() - started
+            subprocess.run(command, check=True, cwd=work, env=os.environ | {"HOME": str(home)})
         size = weight_bytes(made)
-        if any(abs(weight_bytes(folder) / size - 1) < 1e-3 for folder in folders[:-1]):
-            continue  # a folder of prunus of this size is there
-        compressed = made.with_name("prunus" if peer == "convert" else f"prunus-{peer}")
-        folders.append(compressed)
-        if not (compressed / "config.json").exists():
-            started = time.perf_counter()
+        folders = [made]
+        if not any(abs(cell["bytes"] / size - 1) < 1e-3 for cell in cells.values()):
+            folders.append(made.with_name("prunus" if peer == "convert" else f"prunus-{peer}"))
             calibration = {"calibration": "mix", "samples": 64, "seqlen": 256, "data": options.data}
             prunus.compress(
-                options.dense, compressed, size=size, format="mlx", progress=False, **calibration
+                dense, folders[1], size=size, format="mlx", progress=False, **calibration
             )
-            seconds[compressed] = time.perf_counter() - started
+        cells |= {folder: {"bytes": weight_bytes(folder), "texts": {}} for folder in folders}
 
-    rope = json.dumps(rope_keys(json.loads((options.dense / "config.json").read_text("utf-8"))))
+    rope = json.dumps(rope_keys(json.loads((dense / "config.json").read_text("utf-8"))))
     scoring = TextOptions(samples=6, seqlen=512, data=options.data)
     for text in TEXTS:
-        windows = scoring_windows(
-            text, lambda: AutoTokenizer.from_pretrained(options.dense), 512, scoring
-        )
-        ids = options.work / f"{text}.safetensors"
+        windows = scoring_windows(text, lambda: AutoTokenizer.from_pretrained(dense), 512, scoring)
+        ids = work / f"{text}.safetensors"
         save_file({"input_ids": windows.ids.contiguous()}, ids)
-        for folder in folders:
+        for folder, cell in cells.items():
             scored = prunus.perplexity(
-                folder, str(ids), reference=options.dense, seqlen=512, progress=False
+                folder, str(ids), reference=dense, seqlen=512, progress=False
             )
             divergence = scored.divergence
             assert divergence is not None
-            row = {
-                "text": text,
-                "made by": folder.name,
-                "bytes": weight_bytes(folder),
-                "seconds": round(seconds.get(folder, 0)),
+            cell["texts"][text] = {
+                "perplexity": scored.perplexity,
                 "kl": divergence.kl,
                 "kl_stderr": divergence.kl_stderr,
-                "dense": divergence.reference_perplexity,
-                "perplexity": scored.perplexity,
+                "reference_perplexity": divergence.reference_perplexity,
             }
             if text == TEXTS[0]:
                 first = prunus.perplexity(folder, str(ids), seqlen=512, samples=1, progress=False)
@@ -144,9 +143,11 @@ def main() -> None:
                 done = subprocess.run(
                     [str(part) for part in python], check=True, capture_output=True, text=True
                 )
-                row["perplexity of the first window"] = first.perplexity
-                row["the same by mlx-lm"] = float(done.stdout.split()[-1])
-            print(json.dumps(row), flush=True)
+                cell["perplexity of the first window"] = first.perplexity
+                cell["the same by mlx-lm"] = float(done.stdout.split()[-1])
+            print(text, folder.name, json.dumps(cell), flush=True)
+    names = {"convert": "mlx-lm"}
+    return {names.get(folder.name, folder.name): {"": cell} for folder, cell in cells.items()}
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
 """The plots and generated tables of the documentation, from the figures in docs/results/*.json.
 
-python benchmarks/plots.py
+    python benchmarks/plots.py
+
+`make results` does it too, after new figures.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
-from pathlib import Path
 from typing import Any
 
+from figures import LIST, RESULTS, ROOT, VERSION, minor, read, source
 from window_errors import mcnemar, ratio_and_error
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
 #: The model of the proof that stands on the front page; smaller ones are a check.
 LARGEST = "Qwen2.5-Coder-1.5B"
 #: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
-WITH_TABLES = (ROOT / "docs" / "results" / "index.md", ROOT / "README.md")
+WITH_TABLES = sorted({ROOT / page for each in LIST["results"].values() for page in each["pages"]})
+#: Table -> its result.
+RESULT_OF = {
+    table: name for name, each in LIST["results"].items() for table in each.get("tables", [name])
+}
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "python-code": "Python"}
 #: Series of all plots, in the order of their loss: name in the JSON -> label and colour.
 SERIES = {
@@ -29,16 +32,18 @@ SERIES = {
     "balanced": ("balanced", "#3d85c6"),
     "best": ("best", "#1b7f4c"),
 }
+#: Rows of methods.json that train after pruning, and their colours.
+TRAINED = {"best, 20 minutes of training": "#5fb98a", "best, trained": "#5fb98a"}
+#: Kind of a column -> its heading.
+HEADS = {"minutes": "core minutes", "memory": "memory, GB"}
+#: Kind of a column -> the field of a cell, and its unit.
+UNITS = {"MB": ("bytes", 1e6), "minutes": ("core_minutes", 1), "memory": ("peak_memory", 1e9)}
 
 
 def main() -> None:
     write_plots()
     for path in WITH_TABLES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # Tables.
@@ -48,23 +53,73 @@ def with_tables(text: str) -> str:
     """A page with each of its marked tables made anew."""
 
     def replaced(match: re.Match[str]) -> str:
-        table = TABLES[match[1]]()
-        return f"<!-- table: {match[1]} -->\n\n{table}\n\n<!-- end -->"
+        name, result = match[1], RESULT_OF[match[1]]
+        command = f"make results RESULTS={result}"
+        if (RESULTS / f"{result}.json").exists():
+            table = TABLES[name]() if name in TABLES else cell_table(result)
+            table += f"\n\n{source(read(result), command)}"
+        else:
+            table = f"Not measured with version {minor(VERSION)} yet: `{command}`."
+        return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 
 
-def text_table() -> str:
-    """KL divergence ± standard error of every method on every text."""
+def cell_table(name: str) -> str:
+    """The table of a result of rows: by variants, and in each the columns that `show` names."""
+    result = LIST["results"][name]
+    variants, texts, show = result.get("variants", [""]), result["texts"], result["show"]
+    columns = [
+        (variant, kind, text)
+        for variant in variants
+        for kind in show
+        for text in (texts if kind in ("kl", "perplexity") else [""])
+    ]
+    names_kind = {"kl", "perplexity"} <= set(show)
+    heads = [
+        variant
+        or (f"{TEXTS[text]}, {kind}" if text and names_kind else "")
+        or TEXTS.get(text, HEADS.get(kind, kind))
+        for variant, kind, text in columns
+    ]
     rows = []
-    for model, methods in read("models-and-texts")["cells"].items():
-        name = model
-        for method, cell in methods.items():
-            found = (cell["texts"][text] for text in TEXTS)
-            scores = [f"{x['kl']:.3f} ± {x['kl_stderr']:.3f}" for x in found]
-            rows.append([name, method, *scores])
+    for model, cells in read(name)["cells"].items():
+        found = list(cells.items())
+        if "perplexity" in show:
+            found.insert(0, ("dense", {v: dense(cell) for v, cell in found[0][1].items()}))
+        for at, (row, measured) in enumerate(found):
+            values = [shown(measured.get(v, {}), kind, text) for v, kind, text in columns]
+            rows.append(["" if at else model, row, *values])
+    return markdown(["model", "", *heads], rows, text=2)
+
+
+def dense(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell with the perplexities of the dense model."""
+    texts = cell["texts"].items()
+    return {"texts": {text: {"perplexity": x["reference_perplexity"]} for text, x in texts}}
+
+
+def shown(cell: dict[str, Any], kind: str, text: str) -> str:
+    """One figure of a row as a table shows it; "" for one that was not measured."""
+    scores = cell.get("texts", {}).get(text, {})
+    if kind == "kl":
+        return f"{scores['kl']:.3f} ± {scores['kl_stderr']:.3f}" if kind in scores else ""
+    if kind == "perplexity":
+        return f"{scores[kind]:.2f}" if kind in scores else ""
+    field, unit = UNITS[kind]
+    return f"{cell[field] / unit:.1f}" if field in cell else ""
+
+
+def vision_table() -> str:
+    """Top-1 accuracy of the image classifiers, by method, group and sparsity, in per cent."""
+    figures = read("vision")
+    rows = []
+    for kind, ways in figures["accuracy"].items():
+        whole, name = f"{100 * ways.pop('dense'):.1f}", kind
+        for way, shares in ways.items():
+            rows.append([name, way, whole, *(f"{100 * share:.1f}" for share in shares.values())])
             name = ""
-    return markdown(["model", "method", *TEXTS.values()], rows, text=2)
+    return markdown(["model", "", "dense", *figures["sparsities"]], rows, text=2)
 
 
 #: Rows of proof.json, in the order of tables -> what people call them, and colour in plots.
@@ -169,10 +224,6 @@ def tasks_table() -> str:
     return markdown(["model", "size of", "dense", "llama.cpp", "prunus", "p"], rows, text=2)
 
 
-#: Results with files that decode fast -> the `--fast-on` of these files.
-FAST = {"proof": "avx512", "proof-windows": "cpu"}
-
-
 def fast_files() -> list[tuple[str, str, list[float], list[float]]]:
     """The largest model's files that decode fast, and others beside them.
 
@@ -181,8 +232,9 @@ def fast_files() -> list[tuple[str, str, list[float], list[float]]]:
         (as far as they were measured) and its divergence on each text, in units of the preset's.
     """
     files = []
-    for source, given in FAST.items():
-        for preset, of_preset in read(source)["models"][LARGEST]["rows"].items():
+    for found in (read("proof"), read("proof-windows")):
+        given = found["fast_on"]
+        for preset, of_preset in found["models"][LARGEST]["rows"].items():
             base = of_preset["preset"]
             for row, name in (("prunus", "prunus"), ("fast", f"prunus, `--fast-on {given}`")):
                 values = of_preset.get(row, {})
@@ -213,7 +265,7 @@ TABLES = {
     "proof": proof_table,
     "speed": speed_table,
     "tasks": tasks_table,
-    "models-and-texts": text_table,
+    "vision": vision_table,
 }
 
 
@@ -244,7 +296,7 @@ def write_plots() -> None:
     }
     models = read("proof")["models"]
     plots = {
-        "models-and-texts": draw_texts(read("models-and-texts")["cells"]),
+        "methods": draw_texts(read("methods")["cells"]),
         "proof": draw_proof(models),
         "front": draw_proof({LARGEST: models[LARGEST]}),
         "ratios": draw_ratios(read("proof-windows")["models"]),
@@ -261,12 +313,12 @@ def draw_texts(cells: dict[str, Any]) -> Any:
 
     figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(TEXTS) * len(cells), 3.8))
     groups = [(model, text) for model in cells for text in TEXTS]
-    colors = dict(SERIES.values()) | {"max": "#5fb98a"}
+    colors = dict(SERIES.values()) | TRAINED
     methods = [label for label in colors if any(label in found for found in cells.values())]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         measured = [at for at, (model, _) in enumerate(groups) if method in cells[model]]
-        values = [cells[groups[at][0]][method]["texts"][groups[at][1]]["kl"] for at in measured]
+        values = [cells[groups[at][0]][method][""]["texts"][groups[at][1]]["kl"] for at in measured]
         places = [at + (number + 0.5) * width - 0.4 for at in measured]
         axes.bar(places, values, 0.9 * width, color=colors[method], label=method)
     # The name of a model is below the middle one of its texts.

@@ -36,6 +36,7 @@ that is in the JSON file is not measured again, so a run that was stopped goes o
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -51,6 +52,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 from proof_texts import TEXTS, hellaswag, text_of, with_plain_tokens
 from type_speeds import tokens_per_second
@@ -59,8 +61,7 @@ from window_errors import by_task, by_window
 from prunus.calibration.draw import encode
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import WindowRequest
-from prunus.hardware.machine import describe_hardware, versions
-from prunus.model.checkpoint.files import file_digest, write_json
+from prunus.model.checkpoint.files import file_digest
 from prunus.model.checkpoint.tensor_files import Checkpoint
 
 PRESETS = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
@@ -455,7 +456,8 @@ def measure(
 ) -> None:
     """Score what `make_rows` made, text by text, as far as it is not in the figures yet."""
     (dense, of_dense), *rows = made
-    for length, field in SCORES.items():
+    scored = zip(SCORES.items(), judge.options.chunks, strict=True)
+    for length, field in (score for score, chunks in scored if chunks):
         for text in judge.options.texts.split(","):
             figures.setdefault("texts", {})[text] = file_digest(judge.text(text))
             for file, row in rows:
@@ -521,7 +523,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Default: %(default)s. Leave out chats for a model without a chat template.",
     )
     parser.add_argument(
-        "--chunks", type=int, nargs=2, default=(100, 25), help="of 512 and of 2,048 tokens"
+        "--chunks", type=int, nargs=2, default=(100, 25), help="of 512, of 2,048 tokens; or 0"
     )
     parser.add_argument("--tasks", type=int, default=1000, help="rows of HellaSwag; 0 for none")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of speed; 0 for none")
@@ -537,33 +539,33 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     llama = options.llama_cpp or build_llama_cpp(options.work)
-    results: dict[str, Any] = {"models": {}}
+    results: dict[str, Any] = {}
     if options.json.exists():
         results = json.loads(options.json.read_text(encoding="utf-8"))
-    results |= {
-        # Without the folders of this machine.
-        "command": "python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE "
+    # Without the folders of this machine.
+    command = (
+        "python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE "
         f"--presets {options.presets} --rows {shlex.quote(options.rows)} "
         f"--samples {options.samples} --chunks {options.chunks[0]} {options.chunks[1]} "
-        f"--tasks {options.tasks} --rounds {options.rounds}",
+        f"--tasks {options.tasks} --rounds {options.rounds} --fast-on {options.fast_on}"
+    )
+    results |= {
         "chunks": dict(zip(SCORES, options.chunks, strict=True)),
         "calibration": f"{options.samples} windows of 256 tokens of mix",
-        "hardware": describe_hardware(torch.device("cpu")),
-        "versions": versions(),
+        "fast_on": options.fast_on,
     }
-
-    def save() -> None:
-        write_json(options.json, results)
+    results.setdefault("models", {})
+    save = functools.partial(figures.save, options.json, results, command)
 
     for argument in options.models:
         name, _, checkpoint = argument.partition("=")
         work = options.work / name
         work.mkdir(exist_ok=True)
         judge = Judge(llama, work, Path(checkpoint).resolve(), options)
-        figures = results["models"].setdefault(name, {})
-        made = make_rows(judge, figures)
+        of_model = results["models"].setdefault(name, {})
+        made = make_rows(judge, of_model)
         save()
-        measure(judge, figures, made, save)
+        measure(judge, of_model, made, save)
         measure_speeds(judge, made, save)
     print(f"{options.json}: python benchmarks/plots.py makes the table and the plot of it")
 

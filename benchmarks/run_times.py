@@ -1,6 +1,7 @@
-"""Processor seconds of the parts of whole runs, for docs/results/parts.json.
+"""Processor seconds of the parts of whole runs, on which the forecasts of `plan` rest.
 
-    python benchmarks/run_times.py MODEL SCRATCH NAME --data DIR [--only NAME,NAME] [--windows 4]
+    python benchmarks/run_times.py MODEL SCRATCH NAME --data DIR --json FILE
+        [--only NAME,NAME] [--windows 4]
 
 Each run is a process of its own on one thread. Its user and system seconds are counted, imports
 included, so that other work on the machine changes them little. The model is entered as NAME;
@@ -30,12 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prunus.hardware.machine import describe_hardware, versions
-
-FIGURES = Path(__file__).resolve().parent.parent / "docs" / "results" / "parts.json"
 #: Runs whose parts are timed -> their commands.
 RUNS = {
     "fast": ["prune", "--preset", "fast"],
@@ -86,10 +85,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="local copies of the datasets")
     parser.add_argument("--only", help="names of runs")
     parser.add_argument("--windows", default="16", help="windows of 512 tokens")
+    parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
 
-    times = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {"seconds": {}}
-    times |= {"hardware": describe_hardware(torch.device("cpu")), "versions": versions()}
+    times: dict[str, Any] = {"seconds": {}}
+    if options.json.exists():
+        times = json.loads(options.json.read_text(encoding="utf-8"))
     parts = options.scratch / "parts.json"
     few = "" if options.windows == "16" else f", {options.windows} windows"
     for name in (options.only or ",".join(RUNS)).split(","):
@@ -105,7 +106,7 @@ def main() -> None:
         figures = timed | {"all": taken, "operations": counted}
         times["seconds"].setdefault(options.name, {})[name + few] = figures
         print(f"{name}{few}: {taken:.1f} s", flush=True)
-        FIGURES.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+        save(options.json, times, "python benchmarks/run_times.py MODEL SCRATCH NAME --data DIR")
 
 
 def processor_seconds(command: list[str]) -> float:

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import save
 
 from prunus.formats.gguf.file import GgufFile, write_gguf
 from prunus.formats.gguf.header import StoredTensor
 from prunus.formats.gguf.types import TYPES, GgufType
-from prunus.hardware.machine import describe_hardware
 from prunus.rounding.group_fits import round_to_nearest
 
 ROWS = 16
@@ -102,10 +102,11 @@ def main() -> None:
             prompt, decode = tokens_per_second(bench, file, options.threads)
             best[name] = max(best[name][0], prompt), max(best[name][1], decode)
             print(time.strftime("%H:%M:%S"), name, f"{prompt:.1f} {decode:.1f}", flush=True)
+    command = (
+        "python benchmarks/type_speeds.py MODEL.gguf SCRATCH --llama-cpp DIR "
+        f"--json FILE --rounds {options.rounds} --threads {options.threads}"
+    )
     figures: dict[str, Any] = {
-        "command": "python benchmarks/type_speeds.py MODEL.gguf SCRATCH --llama-cpp DIR "
-        f"--json FILE --rounds {options.rounds} --threads {options.threads}",
-        "hardware": describe_hardware(torch.device("cpu")),
         "weights": weights,
         "nanoseconds per weight": {
             name: {
@@ -115,7 +116,7 @@ def main() -> None:
             for name, (prompt, decode) in best.items()
         },
     }
-    options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    save(options.json, figures, command)
 
 
 if __name__ == "__main__":

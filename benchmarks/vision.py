@@ -13,12 +13,12 @@ benchmark takes about three minutes on one core.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from figures import save
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     training, testing = pictures(options.work)
-    found: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for kind in EPOCHS:
         dense = options.work / kind
         if not (dense / "model.safetensors").exists():
@@ -122,7 +122,7 @@ def main() -> None:
         share, images = accuracy(dense, testing), len(list_images(testing))
         error = (share * (1 - share) / images) ** 0.5
         print(f"{kind}: {share:.1%} ± {error:.1%} dense, {images} images")
-        found.append({"model": kind, "method": "dense", "accuracy": share})
+        found[kind] = {"dense": share}
         print("sparsity".ljust(18), *(f"{sparsity:>7.0%}" for sparsity in SPARSITIES))
         for method, group in WAYS:
             row = []
@@ -131,11 +131,14 @@ def main() -> None:
                 how = {"method": method, "sparsity": sparsity, "group": group}
                 prunus.prune(dense, out, **how, **CALIBRATION, calibration=str(training))
                 row.append(accuracy(out, testing))
-                found.append({"model": kind, **how, "accuracy": row[-1]})
+            ways = {f"{each:.0%}": right for each, right in zip(SPARSITIES, row, strict=True)}
+            found[kind][f"{method}, per {group}"] = ways
             shown = (f"{share:7.1%}" for share in row)
             print(f"{method}, per {group}".ljust(18), *shown, flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        sparsities = [f"{sparsity:.0%}" for sparsity in SPARSITIES]
+        figures = {"accuracy": found, "sparsities": sparsities}
+        save(options.json, figures, "make results RESULTS=vision")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def plots() -> ModuleType:
     return loaded("benchmarks", "plots")
 
 
+@pytest.fixture(scope="module")
+def figures() -> ModuleType:
+    return loaded("benchmarks", "figures")
+
+
 def test_every_command_and_option_is_in_the_reference(reference):
     text = reference.command_reference()
     for line in text.splitlines():
@@ -82,17 +87,67 @@ def test_tables_of_the_pages_are_those_of_the_figures(plots):
 
 def test_the_first_command_of_the_readme_and_what_it_prints_are_those_of_a_run(plots):
     """The run had fewer windows, which change nothing of the size."""
-    run = plots.read("readme")
+    run = plots.read("readme")["cells"]["SmolLM2-135M"]["small.gguf"][""]
     first, shown, *_ = (block.text for block in blocks(REPOSITORY / "README.md"))
-    size, before = (run["size"][name] / 1e6 for name in ("after", "before"))
-    assert run["command"].removesuffix(" --samples 64") in first.splitlines()
+    size, before = (run[name] / 1e6 for name in ("bytes", "dense_bytes"))
+    names = {"MODEL": "HuggingFaceTB/SmolLM2-135M-Instruct", "OUT.gguf": "small.gguf"}
+    words = run["command"].removesuffix(" --samples 64").split()
+    assert " ".join(names.get(word, word) for word in words) in first.splitlines()
     said = f"The result takes {size:.1f} MB, and the model took {before:.1f} MB:"
     assert shown.startswith(said)
 
 
-def test_committed_figures_name_no_paths():
-    for path in (REPOSITORY / "docs" / "results").glob("*.json"):
-        assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path.name
+FIGURES = sorted((REPOSITORY / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_committed_figures_say_where_they_come_from_and_name_no_paths(path, figures):
+    found = figures.read(path.stem)
+    assert {"version", "date", "hardware", "command"} <= found.keys()
+    assert {"processor", "cores", "threads"} <= found["hardware"].keys()
+    assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8"))
+
+
+def test_results_on_pages_are_of_this_version_or_said_to_wait(figures):
+    """A release has none that wait."""
+    fresh = {path.stem for path in FIGURES if figures.is_fresh(figures.read(path.stem))}
+    shown = {name for name, result in figures.LIST["results"].items() if result["pages"]}
+    assert shown - fresh == set(figures.LIST["waiting"])
+    assert {path.stem for path in FIGURES} <= shown
+
+
+#: Page -> its tables of numbers that are no measurements: bits of types, windows of presets, and
+#: examples of what is printed.
+OTHER_NUMBERS = {"docs/reference/gguf.md": 1, "docs/how-to/compress.md": 1}
+OTHER_NUMBERS["docs/how-to/compare-gguf.md"] = 2
+
+
+def test_every_table_of_figures_is_that_of_a_listed_result(plots):
+    marked = set()
+    for page in CURRENT:
+        text = page.read_text(encoding="utf-8")
+        marked |= {(name, name_of(page)) for name in re.findall(r"<!-- table: (\S+) -->", text)}
+        rest = re.sub(r"<!-- table: .*?<!-- end -->", "", text, flags=re.DOTALL)
+        others = len(re.findall(r"^\|.*-:", rest, re.MULTILINE))
+        assert others == OTHER_NUMBERS.get(name_of(page), 0), name_of(page)
+    results = plots.LIST["results"]
+    listed = {name: results[result]["pages"] for name, result in plots.RESULT_OF.items()}
+    assert {name for name, _ in marked} == {name for name, pages in listed.items() if pages}
+    assert all(page in listed[name] for name, page in marked)
+
+
+def test_every_listed_result_can_be_run_and_names_rooms_that_exist(plots):
+    for name, result in plots.LIST["results"].items():
+        for use in result["uses"]:
+            found = list((REPOSITORY / "src" / "prunus").glob(f"{use}*"))
+            assert use.startswith("--") or found, f"{name} uses {use}"
+        assert set(result["models"]) <= set(plots.LIST["models"])
+        words = [
+            row.format(**plots.LIST["words"]).split() for row in result.get("rows", {}).values()
+        ]
+        assert bool(words) != ("script" in result)
+        for verb, *arguments in words:
+            PROGRAM.commands[verb].make_context(verb, arguments)
 
 
 def test_pictures_are_those_of_the_script_and_are_small():
