@@ -31,9 +31,8 @@ SERIES = {
     "sparsegpt": ("SparseGPT", "#e0902f"),
     "balanced": ("balanced", "#3d85c6"),
     "best": ("best", "#1b7f4c"),
+    "trained": ("best, trained", "#5fb98a"),
 }
-#: Rows of methods.json that train after pruning, and their colours.
-TRAINED = {"best, 20 minutes of training": "#5fb98a", "best, trained": "#5fb98a"}
 #: Kind of a column -> its heading.
 HEADS = {"minutes": "core minutes", "memory": "memory, GB"}
 #: Kind of a column -> the field of a cell, and its unit.
@@ -336,7 +335,7 @@ def draw_texts(cells: dict[str, Any]) -> Any:
 
     figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(TEXTS) * len(cells), 3.8))
     groups = [(model, text) for model in cells for text in TEXTS]
-    colors = dict(SERIES.values()) | TRAINED
+    colors = dict(SERIES.values())
     methods = [label for label in colors if any(label in found for found in cells.values())]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):

@@ -38,20 +38,35 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def prunus(words: list[str], log: Path) -> tuple[float, int]:
+def shown(command: str) -> str:
+    """A command of results.toml as one types it."""
+    return f"{'python benchmarks/' if '.py ' in command else 'prunus '}{command}"
+
+
+def run(words: list[str], log: Path) -> tuple[float, int]:
     """Run a command on one thread; the minutes of its processor time, and its peak of memory.
 
+    Args:
+        words: A command of prunus; or a script of this folder, for which a variable of the
+            environment, such as LLM_COMPRESSOR, names the interpreter.
+        log: Where its messages go.
+
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: It failed, or its interpreter is not named.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "prunus", *words]
+    if words[0].endswith(".py"):
+        variable = words[0].removesuffix(".py").upper()
+        if variable not in os.environ:
+            raise RuntimeError(f"{words[0]} needs {variable}, the interpreter of its environment")
+        command = [os.environ[variable], str(ROOT / "benchmarks" / words[0]), *words[1:]]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"prunus {shlex.join(words)} failed; see {log}")
+        raise RuntimeError(f"{shlex.join(words)} failed; see {log}")
     return round((usage.ru_utime + usage.ru_stime) / 60, 2), usage.ru_maxrss * 1024
 
 
@@ -96,8 +111,8 @@ class Measurement:
                 if not before.exists():
                     self.make(name, variant)
         words = [str(places.get(word, word)) for word in command.split()]
-        minutes, memory = prunus(words, self.work / f"{out.name}.log")
-        cell = {"command": f"prunus {command}", "core_minutes": minutes, "peak_memory": memory}
+        minutes, memory = run(words, self.work / f"{out.name}.log")
+        cell = {"command": shown(command), "core_minutes": minutes, "peak_memory": memory}
         return cell | {"bytes": weight_bytes(out), "dense_bytes": weight_bytes(self.dense)}
 
     def scores(self, row: str, variant: str) -> dict[str, Any]:
@@ -108,7 +123,7 @@ class Measurement:
         figures = self.work / f"{out.name}-scores.json"
         command = ["eval", str(out), "--reference", str(self.dense), "--json", str(figures)]
         command += ["--perplexity", ",".join(texts), *self.result["scoring"].split()]
-        prunus(command, self.work / f"{out.name}-scores.log")
+        run(command, self.work / f"{out.name}-scores.log")
         found = json.loads(figures.read_text(encoding="utf-8"))["models"][0]["perplexity"]
         keys = ("kl", "kl_stderr", "same_top", "reference_perplexity")
         # With several texts, one more entry has the figures of all of them.
@@ -144,11 +159,12 @@ def run_rows(name: str, path: Path, models: Path) -> None:
     figures = begun(path, command, result.get("scoring", ""))
     for model in result["models"]:
         measurement = Measurement(result, checkpoint(model, models), path.parent / name / model)
-        cells = figures.setdefault("cells", {}).setdefault(model, {})
+        before = figures.setdefault("cells", {}).get(model, {})
+        cells = figures["cells"][model] = {row: before.get(row, {}) for row in result["rows"]}
         for row in result["rows"]:
             for variant in measurement.variants:
-                done = cells.setdefault(row, {}).get(variant, {})
-                if done.get("command") == f"prunus {measurement.command(row, variant)}":
+                done = cells[row].get(variant, {})
+                if done.get("command") == shown(measurement.command(row, variant)):
                     continue
                 cell = measurement.make(row, variant)
                 cells[row][variant] = cell | {"texts": measurement.scores(row, variant)}

@@ -147,7 +147,8 @@ def test_every_listed_result_can_be_run_and_names_rooms_that_exist(plots):
         ]
         assert bool(words) != ("script" in result)
         for verb, *arguments in words:
-            PROGRAM.commands[verb].make_context(verb, arguments)
+            if not (REPOSITORY / "benchmarks" / verb).exists():
+                PROGRAM.commands[verb].make_context(verb, arguments)
 
 
 def test_pictures_are_those_of_the_script_and_are_small():
