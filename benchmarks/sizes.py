@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from figures import save
-from results import prunus, remove
+from results import remove, run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -89,7 +89,7 @@ def main() -> None:
         windows = torch.randint(SHAPES[size][5], (1024, 256))
         save_file({"input_ids": windows}, ids)
         common = [*COMMON, "--calibration", str(ids)]
-        prunus(["plan", str(model), str(out), *common, "--json", str(plan)], log)
+        run(["plan", str(model), str(out), *common, "--json", str(plan)], log)
         planned = json.loads(plan.read_text(encoding="utf-8"))
         cell = cells.setdefault(size, {})
         for preset in PRESETS:
@@ -99,7 +99,7 @@ def main() -> None:
         save(options.json, figures, "make results RESULTS=sizes")
         for _, preset in (each for each in runs if each[0] == size):
             command = ["compress", str(model), str(out), *common, "--preset", preset]
-            minutes, memory = prunus([*command, "--overwrite"], log)
+            minutes, memory = run([*command, "--overwrite"], log)
             cell[preset] |= {"core_minutes": minutes, "peak_memory": memory}
             remove(out)
             save(options.json, figures, "make results RESULTS=sizes")
