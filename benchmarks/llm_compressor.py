@@ -1,6 +1,6 @@
-"""Weights of 4 bits by LLM Compressor, as a row of results.toml asks for them.
+"""Weights of few bits by LLM Compressor, as a row of results.toml asks for them.
 
-    python benchmarks/llm_compressor.py MODEL OUT gptq [--actorder none|static|group]
+    python benchmarks/llm_compressor.py MODEL OUT gptq [--actorder none|static|group] [--bits 4]
     python benchmarks/llm_compressor.py MODEL OUT awq
 
 It needs a virtual environment with llmcompressor and what prunus needs. It calibrates on the same
@@ -30,11 +30,12 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("method", choices=("gptq", "awq"))
     parser.add_argument("--actorder", default="static", help="of GPTQ. Default: %(default)s")
+    parser.add_argument("--bits", type=int, default=4, help="of a weight. Default: %(default)s")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     widths = (model.config.hidden_size, model.config.intermediate_size)
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    weights = {"num_bits": options.bits, "type": "int", "symmetric": True, "strategy": "group"}
     weights["group_size"] = next(
         size for size in (128, 64, 32) if all(x % size == 0 for x in widths)
     )

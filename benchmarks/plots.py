@@ -121,6 +121,28 @@ def vision_table() -> str:
     return markdown(["model", "", "dense", *figures["sparsities"]], rows, text=2)
 
 
+def sizes_table() -> str:
+    """Times of the presets of compress on one core by size of the model; bold ones are measured."""
+    rows = []
+    for size, cell in read("sizes")["cells"].items():
+        memory = cell.pop("forecast_memory") / 1e9
+        times = [
+            f"**{minutes(preset['core_minutes'])}**"
+            if "core_minutes" in preset
+            else minutes(preset["forecast_minutes"])
+            for preset in cell.values()
+        ]
+        rows.append([size, *times, f"{memory:.1f}"])
+    return markdown(["parameters", *cell, "memory, GB"], rows, text=1)
+
+
+def minutes(number: float) -> str:
+    """Minutes for people."""
+    if number < 99.5:
+        return f"{number:.2g} min"
+    return f"{number / 60:.2g} h" if number < 48 * 60 else f"{number / 1440:.2g} days"
+
+
 #: Rows of proof.json, in the order of tables -> what people call them, and colour in plots.
 PROOF_ROWS = {
     "preset": ("llama.cpp, importance matrix", SERIES["sparsegpt"][1]),
@@ -262,6 +284,7 @@ def speed_table() -> str:
 TABLES = {
     "front": front_table,
     "proof": proof_table,
+    "sizes": sizes_table,
     "speed": speed_table,
     "tasks": tasks_table,
     "vision": vision_table,

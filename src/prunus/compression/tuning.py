@@ -55,10 +55,11 @@ from prunus.training.loss import next_token_loss
 
 # The tokens of a step, if windows are not longer.
 _STEP_TOKENS = 512
-# The windows that are held out, to choose among the states of the training.
-_HELD_OUT = 16
-# How often they are scored, beside the start and the end.
-_EVALUATIONS = 8
+# The tokens that are held out, to choose among the states of the training.
+_HELD_OUT_TOKENS = 4096
+# How often they are scored at most, beside the start and the end, and how many steps lie between.
+# A score costs as much as three steps.
+_EVALUATIONS, _STEPS_BETWEEN = 8, 8
 # The peak rate of the logarithms of factors, in units of the divergence before the training.
 _RATE = 0.005
 # The most columns that have a factor of their own: more factors learn more noise.
@@ -104,7 +105,7 @@ def tune(
                 rate=_RATE,
                 by_loss=True,
                 warmup=0.1,
-                evaluations=_EVALUATIONS,
+                evaluations=_evaluations(record.recipe.tune, learner.step_tokens),
                 betas=(0.9, 0.95),
             )
             training = Training(learner, schedule, checkpoints, learner.report)
@@ -144,7 +145,7 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
     count, skeleton = _step_windows(windows), plan.skeleton
     ids, middle = windows[:count], min(1, len(skeleton) - 1)
     steps = math.ceil(tokens / ids.numel())
-    held_out = math.ceil(_HELD_OUT / count)
+    held_out = math.ceil(_held_out(windows.shape[1]) / count)
     stream, taken = Stream(skeleton, plan.source, plan.device), list[float]()
 
     def timed(work: Callable[[], Any]) -> Any:
@@ -175,13 +176,24 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
     step = len(skeleton) * (with_graph + backward) + head + loss_of + back
     # The states of both models at first, and ten evaluations beside the steps.
     passes = len(skeleton) * forward
-    evaluations = (_EVALUATIONS + 2) * held_out * (passes + head + loss_of)
+    scores = _evaluations(tokens, ids.numel()) + 2
+    evaluations = scores * held_out * (passes + head + loss_of)
     return steps * step + (steps + held_out) * passes + evaluations
 
 
 def _step_windows(windows: Tensor) -> int:
     """How many of these windows (windows, tokens) a step has."""
     return max(1, _STEP_TOKENS // windows.shape[1])
+
+
+def _held_out(seqlen: int) -> int:
+    """How many windows of so many tokens are held out."""
+    return max(1, _HELD_OUT_TOKENS // seqlen)
+
+
+def _evaluations(tokens: int, step_tokens: int) -> int:
+    """How often the held-out windows are scored in a training, beside the start and the end."""
+    return min(_EVALUATIONS, max(1, tokens // (step_tokens * _STEPS_BETWEEN)))
 
 
 class _Shards:
@@ -482,7 +494,8 @@ def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText | None:
     plan, recipe = run.plan, run.plan.recipe
     with contextlib.suppress(ValueError):
         if plan.options.calibration_data is not None:
-            held_out = min(_HELD_OUT, max(1, len(run.windows) // 4))
+            held_out = min(_held_out(run.windows.shape[1]), max(1, len(run.windows) // 4))
             return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
-        return training_text(recipe.calibration, window_request(plan), _HELD_OUT)
+        request = window_request(plan)
+        return training_text(recipe.calibration, request, _held_out(request.seqlen))
     return None
