@@ -81,7 +81,9 @@ def test_a_model_is_computed_with_the_head_that_it_stores(two_matrices):
             hidden, _ = skeleton.record(token_ids(2))
         assert torch.equal(hidden, weights["model.embed_tokens.weight"].float()[token_ids(2)])
         with skeleton.outside_blocks(source.read_outside, CPU, with_head=True):
-            assert torch.equal(skeleton.vocabulary_weights.linear_head.weight_OI, weights["lm_head.weight"].float())
+            assert torch.equal(
+                skeleton.vocabulary_weights.linear_head.weight_OI, weights["lm_head.weight"].float()
+            )
 
 
 def test_a_head_that_is_stored_twice_with_equal_numbers_stays_the_embedding(two_matrices, tmp_path):

@@ -114,6 +114,10 @@ def test_results_on_pages_are_of_this_version_or_said_to_wait(figures):
     shown = {name for name, result in figures.LIST["results"].items() if result["pages"]}
     assert shown - fresh == set(figures.LIST["waiting"])
     assert {path.stem for path in FIGURES} <= shown
+    for result, name in ((figures.LIST["results"][name], name) for name in shown & fresh):
+        if "rows" in result:
+            measured = [(model, list(rows)) for model, rows in figures.read(name)["cells"].items()]
+            assert measured == [(model, list(result["rows"])) for model in result["models"]], name
 
 
 #: Page -> its tables of numbers that are no measurements: bits of types, windows of presets, and
