@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.engine.linear_options import PresetOptions
+from prunus.engine.linear_options import ExtraSteps, PresetOptions
 from prunus.engine.run_options import GIVEN
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
@@ -72,7 +72,6 @@ class CompressionRecipe(PresetOptions):
     }
     ELSEWHERE: ClassVar[dict[str, str]] = {
         "propagate": "compress always runs one pass",
-        "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
         **dict.fromkeys(
             (
@@ -172,6 +171,14 @@ class CompressionRecipe(PresetOptions):
             default="by preset",
         ),
     ] = PRESETS["balanced"]["tune"]
+    reconstruct: Annotated[
+        Literal["none", "all"],
+        Option(
+            "Train what follows attention in each block towards the dense model, before it is "
+            "rounded: all or none.",
+            metavar="BLOCKS",
+        ),
+    ] = "none"
     # The figures behind these defaults are in docs/results/index.md.
     dense_weight: DenseWeight = 0.25
     preset: Annotated[str, PresetOptions.declared()["preset"]] = "balanced"
@@ -265,7 +272,7 @@ class CompressionRecipe(PresetOptions):
     def unused(self) -> set[str]:
         """The options without effect: those of feedback, if there is none."""
         return (
-            {"damping", "dense_weight", "min_expert_tokens"}
+            {"damping", "dense_weight", "min_expert_tokens", "reconstruct"}
             if self.rounding == "nearest"
             else set()
         )
@@ -274,6 +281,11 @@ class CompressionRecipe(PresetOptions):
     def gives_types(self) -> bool:
         """Whether the types are given, and not chosen by their losses."""
         return self.type is not None or self.types_from is not None
+
+    @property
+    def extras(self) -> ExtraSteps:
+        """The option `reconstruct`: weights learn before they are rounded."""
+        return ExtraSteps(reconstruct=self.reconstruct, before=True)
 
     @property
     def rounds(self) -> str:

@@ -169,6 +169,11 @@ class DenseBlockInputs:
         tokens = x.shape[:-1].numel()
         statistics.add(x, self.get(linear.name, batch, tokens) if has_target else None)
 
+    def run_all(self) -> None:
+        """Run the batches whose inputs are kept and were not asked for yet, for their outputs."""
+        for number in range(len(self._stream)) if self._caches else ():
+            self._run_once(number)
+
     def finish(self) -> None:
         """Replace the hidden states before the block by the dense block's outputs.
 
@@ -181,20 +186,25 @@ class DenseBlockInputs:
 
     def _cached(self, number: int, name: str) -> torch.Tensor | None:
         """The input of a linear, from the only run of the batch; None if no token reaches it."""
-        if number not in self._cache:
-            inputs: dict[str, torch.Tensor] = {}
-            with input_hooks(
-                list(self._linears.values()), lambda linear, x: inputs.update({linear.name: x})
-            ):
-                output = self._forward(number)
-            # All inputs are known now, so the output can replace the block's input at once.
-            self._stream.states.put(number, output)
-            self._cache[number] = inputs
+        self._run_once(number)
         cached = self._cache[number]
         x = cached.get(name)
         # Linears with the same input share their statistics and ask once, so drop it for all.
         self._cache[number] = {other: tensor for other, tensor in cached.items() if tensor is not x}
         return x
+
+    def _run_once(self, number: int) -> None:
+        """Run a batch, unless its inputs are known, and replace its hidden states."""
+        if number in self._cache:
+            return
+        inputs: dict[str, torch.Tensor] = {}
+        with input_hooks(
+            list(self._linears.values()), lambda linear, x: inputs.update({linear.name: x})
+        ):
+            output = self._forward(number)
+        # All inputs are known now, so the output can replace the block's input at once.
+        self._stream.states.put(number, output)
+        self._cache[number] = inputs
 
     def _recomputed(self, number: int, name: str) -> torch.Tensor | None:
         """The input of a linear, from a run of the batch that ends there; None without tokens."""

@@ -110,13 +110,17 @@ class BlockReconstruction:
 
         It is `forward` itself, batch -> output of the block, if nothing can be cached.
         """
-        if self.caches_suffix:
-            self.suffix = find_suffix(self.block, self.trained, forward, 0)
+        self.find_suffix(forward)
         if self.suffix is None:
             yield forward
             return
         with self.suffix.recording() as recording:
             yield recording
+
+    def find_suffix(self, forward: Forward) -> None:
+        """Find the suffix of the block, whose inputs are cached, unless they may not be."""
+        if self.caches_suffix:
+            self.suffix = find_suffix(self.block, self.trained, forward, 0)
 
     def run(
         self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
@@ -157,7 +161,8 @@ class BlockReconstruction:
             return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
 
         by_token = suffix is not None and suffix.by_token
-        by_logits = skeleton.is_in_front_of_head(self.index)
+        # While batches wait in a block, the head cannot run.
+        by_logits = skeleton.is_in_front_of_head(self.index) and not shared.settings.before
         # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
         # width).
         shape = inputs.shape(0)
@@ -165,7 +170,12 @@ class BlockReconstruction:
         tokens = math.prod(shape) // hidden
         settings = shared.settings
         options = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
-        options = replace(options, epochs=settings.epochs or options.epochs, dtype=settings.dtype)
+        options = replace(
+            options,
+            epochs=settings.epochs or options.epochs,
+            dtype=settings.dtype,
+            learning_rate=options.learning_rate * (_RATE_BEFORE if settings.before else 1.0),
+        )
         keys = [f"{linear}.weight" for linear in self.trained]
         masks = self._masks({key: pruned[key] for key in keys}, stored)
         batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
@@ -362,6 +372,9 @@ _MIN_EPOCHS, _MAX_EPOCHS = 3, 5
 
 # Peak learning rate relative to the RMS of the weights, and the hidden size it was measured at.
 _RATE, _RATE_WIDTH = 7e-3, 576
+
+# The share of these rates if weights learn before they are rounded: they have little to repair.
+_RATE_BEFORE = 0.2
 
 # With the loss on logits, a token takes about ten times as long, so a step compares only one token
 # in `LOGIT_STRIDE` of those above. Fewer tokens make noisier gradients, which need a lower rate.
