@@ -20,6 +20,14 @@ LIST = tomllib.loads((ROOT / "benchmarks" / "results.toml").read_text(encoding="
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
+def load(path: Path) -> dict[str, Any]:
+    """The figures of a file; none if it is not there."""
+    if not path.exists():
+        return {}
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return figures
+
+
 def read(name: str) -> Any:
     """The figures of a result."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -67,6 +75,12 @@ def source(figures: dict[str, Any], command: str) -> str:
         f"`{command}`" if is_fresh(figures) else f"**an older version**; `{command}` runs it again"
     )
     return textwrap.fill(f"prunus {figures['version']}, {figures['date']}, {on}: {how}.", 100)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a file, or of the files with weights in a folder."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def checkpoint(model: str, models: Path) -> Path:

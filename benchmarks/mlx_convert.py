@@ -27,7 +27,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from figures import save
+from figures import load, save, weight_bytes
 from proof import once, write_calibration
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -62,11 +62,6 @@ print(eval_ppl(model, ids, 1)[0])
 """
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the files with weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,9 +75,7 @@ def main() -> None:
     parser.add_argument("--peers", default="convert")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    results: dict[str, Any] = {}
-    if options.json.exists():
-        results = json.loads(options.json.read_text(encoding="utf-8"))
+    results = load(options.json)
     command = f"--bits {options.bits} --group {options.group} --peers {options.peers}"
     command = f"python benchmarks/mlx_convert.py WORK NAME=DENSE … --mlx VENV {command}"
     for given in options.models:

@@ -125,15 +125,15 @@ def sizes_table() -> str:
     """Times of the presets of compress on one core by size of the model; bold ones are measured."""
     rows = []
     for size, cell in read("sizes")["cells"].items():
-        memory = cell.pop("forecast_memory") / 1e9
+        presets = cell["presets"]
         times = [
             f"**{minutes(preset['core_minutes'])}**"
             if "core_minutes" in preset
             else minutes(preset["forecast_minutes"])
-            for preset in cell.values()
+            for preset in presets.values()
         ]
-        rows.append([size, *times, f"{memory:.1f}"])
-    return markdown(["parameters", *cell, "memory, GB"], rows, text=1)
+        rows.append([size, *times, f"{cell['forecast_memory'] / 1e9:.1f}"])
+    return markdown(["parameters", *presets, "memory, GB"], rows, text=1)
 
 
 def minutes(number: float) -> str:

@@ -539,9 +539,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     llama = options.llama_cpp or build_llama_cpp(options.work)
-    results: dict[str, Any] = {}
-    if options.json.exists():
-        results = json.loads(options.json.read_text(encoding="utf-8"))
+    results = figures.load(options.json)
     # Without the folders of this machine.
     command = (
         "python benchmarks/proof.py WORK NAME=CHECKPOINT … --data DIR --json FILE "

@@ -27,15 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from figures import LIST, RESULTS, ROOT, checkpoint, is_fresh, read, save
+from figures import LIST, RESULTS, ROOT, checkpoint, is_fresh, load, read, save, weight_bytes
+
+from prunus.model.checkpoint.files import remove
 
 SHARED = Path(os.environ.get("PRUNUS_SHARED", ROOT.parent / "shared"))
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of a file, or of the files with weights in a folder."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
 
 
 def shown(command: str) -> str:
@@ -68,11 +64,6 @@ def run(words: list[str], log: Path) -> tuple[float, int]:
     if process.returncode:
         raise RuntimeError(f"{shlex.join(words)} failed; see {log}")
     return round((usage.ru_utime + usage.ru_stime) / 60, 2), usage.ru_maxrss * 1024
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)
 
 
 class Measurement:
@@ -144,11 +135,10 @@ def begun(path: Path, command: str, scoring: str = "") -> dict[str, Any]:
     from prunus.hardware.machine import processor_name
 
     figures: dict[str, Any] = {"scoring": scoring} if scoring else {}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if found := load(path):
         is_same = found["hardware"]["processor"] == processor_name()
         if is_same and is_fresh(found) and found.get("scoring", "") == scoring:
-            return dict(found)
+            return found
     save(path, figures, command)
     return figures
 

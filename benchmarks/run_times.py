@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import save
+from figures import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
 
-    times: dict[str, Any] = {"seconds": {}}
-    if options.json.exists():
-        times = json.loads(options.json.read_text(encoding="utf-8"))
+    times = load(options.json)
     parts = options.scratch / "parts.json"
     few = "" if options.windows == "16" else f", {options.windows} windows"
     for name in (options.only or ",".join(RUNS)).split(","):
@@ -104,7 +102,7 @@ def main() -> None:
         processor_seconds([sys.executable, __file__, "--operations", *command])
         counted = json.loads(parts.read_text(encoding="utf-8"))["operations"]
         figures = timed | {"all": taken, "operations": counted}
-        times["seconds"].setdefault(options.name, {})[name + few] = figures
+        times.setdefault("seconds", {}).setdefault(options.name, {})[name + few] = figures
         print(f"{name}{few}: {taken:.1f} s", flush=True)
         save(options.json, times, "python benchmarks/run_times.py MODEL SCRATCH NAME --data DIR")
 

@@ -4,22 +4,24 @@
 
 The checkpoints have random weights in the shapes of real models, and the windows have random
 tokens: neither changes how long a run takes. `prunus plan` forecasts each preset, and `--run` names
-the runs that are measured too, each a process of its own on one thread. What is in FILE stays.
+the runs that are measured too, each a process of its own on one thread. What is in FILE is not
+measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import save
-from results import remove, run
+from figures import load, save
+from results import run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from prunus.model.checkpoint.files import remove
 
 #: Width, MLP, blocks, heads, heads of keys and values, tokens of the vocabulary, one weight for
 #: embedding and head: SmolLM2-135M, and Qwen2.5 of three sizes.
@@ -75,13 +77,15 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SHAPES))
     parser.add_argument("--run", default="", help="SIZE:PRESET of runs that are measured")
     options = parser.parse_args()
-    figures: dict[str, Any] = {}
-    if options.json.exists():
-        figures = json.loads(options.json.read_text(encoding="utf-8"))
-    cells = figures.setdefault("cells", {})
+    figures = load(options.json)
+    cells: dict[str, Any] = figures.setdefault("cells", {})
     runs = [tuple(each.split(":")) for each in options.run.split(",") if each]
     options.work.mkdir(parents=True, exist_ok=True)
     for size in options.sizes.split(","):
+        presets = cells.get(size, {}).get("presets", {})
+        due = [x for of, x in runs if of == size and "core_minutes" not in presets.get(x, {})]
+        if presets and not due:
+            continue
         model, ids = options.work / size, options.work / f"{size}-ids.safetensors"
         plan, out, log = (options.work / f"{size}-{x}" for x in ("plan.json", "out", "log.txt"))
         remove(model)
@@ -91,19 +95,18 @@ def main() -> None:
         common = [*COMMON, "--calibration", str(ids)]
         run(["plan", str(model), str(out), *common, "--json", str(plan)], log)
         planned = json.loads(plan.read_text(encoding="utf-8"))
-        cell = cells.setdefault(size, {})
         for preset in PRESETS:
             minutes = round(planned["preset_seconds"][preset] / 60, 1)
-            cell.setdefault(preset, {})["forecast_minutes"] = minutes
-        cell["forecast_memory"] = planned["peak_memory_bytes"]
+            presets.setdefault(preset, {})["forecast_minutes"] = minutes
+        cells[size] = {"presets": presets, "forecast_memory": planned["peak_memory_bytes"]}
         save(options.json, figures, "make results RESULTS=sizes")
-        for _, preset in (each for each in runs if each[0] == size):
+        for preset in due:
             command = ["compress", str(model), str(out), *common, "--preset", preset]
             minutes, memory = run([*command, "--overwrite"], log)
-            cell[preset] |= {"core_minutes": minutes, "peak_memory": memory}
+            presets[preset] |= {"core_minutes": minutes, "peak_memory": memory}
             remove(out)
             save(options.json, figures, "make results RESULTS=sizes")
-        shutil.rmtree(model)
+        remove(model)
 
 
 if __name__ == "__main__":

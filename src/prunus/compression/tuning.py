@@ -142,10 +142,11 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
         windows: Windows of any tokens (windows, tokens), at least one.
         tokens: What it trains on.
     """
-    count, skeleton = _step_windows(windows), plan.skeleton
+    seqlen, skeleton = windows.shape[1], plan.skeleton
+    count = _windows(_STEP_TOKENS, seqlen)
     ids, middle = windows[:count], min(1, len(skeleton) - 1)
     steps = math.ceil(tokens / ids.numel())
-    held_out = math.ceil(_held_out(windows.shape[1]) / count)
+    held_out = math.ceil(_windows(_HELD_OUT_TOKENS, seqlen) / count)
     stream, taken = Stream(skeleton, plan.source, plan.device), list[float]()
 
     def timed(work: Callable[[], Any]) -> Any:
@@ -174,21 +175,16 @@ def tuning_seconds(plan: LinearPlan, windows: Tensor, tokens: int) -> float:
                 timed(loss.backward)
     forward, with_graph, backward, head, loss_of, back = taken
     step = len(skeleton) * (with_graph + backward) + head + loss_of + back
-    # The states of both models at first, and ten evaluations beside the steps.
+    # The states of both models at first, and the evaluations beside the steps.
     passes = len(skeleton) * forward
     scores = _evaluations(tokens, ids.numel()) + 2
     evaluations = scores * held_out * (passes + head + loss_of)
     return steps * step + (steps + held_out) * passes + evaluations
 
 
-def _step_windows(windows: Tensor) -> int:
-    """How many of these windows (windows, tokens) a step has."""
-    return max(1, _STEP_TOKENS // windows.shape[1])
-
-
-def _held_out(seqlen: int) -> int:
-    """How many windows of so many tokens are held out."""
-    return max(1, _HELD_OUT_TOKENS // seqlen)
+def _windows(tokens: int, seqlen: int) -> int:
+    """The number of windows of `seqlen` tokens each that have about `tokens` tokens, at least 1."""
+    return max(1, tokens // seqlen)
 
 
 def _evaluations(tokens: int, step_tokens: int) -> int:
@@ -303,8 +299,9 @@ class _RoundedLearner(Learner):
         plan = self._plan = run.plan
         self._session, self._shards, self._skeleton = run.session, shards, plan.skeleton
         self.text = text
-        self.batch = _step_windows(text.held_out)
-        self.step_tokens = self.batch * self.text.held_out.shape[1]
+        seqlen = text.held_out.shape[1]
+        self.batch = _windows(_STEP_TOKENS, seqlen)
+        self.step_tokens = self.batch * seqlen
         steps = self._steps = math.ceil(run.record.recipe.tune / self.step_tokens)
         self._ids = [self.text.windows(i * self.batch, self.batch) for i in range(steps)]
         self._ids += self.text.held_out.split(self.batch)
@@ -494,8 +491,10 @@ def _text_of(run: Run[LinearPlan, CompressionRecord]) -> TrainingText | None:
     plan, recipe = run.plan, run.plan.recipe
     with contextlib.suppress(ValueError):
         if plan.options.calibration_data is not None:
-            held_out = min(_held_out(run.windows.shape[1]), max(1, len(run.windows) // 4))
+            held_out = _windows(_HELD_OUT_TOKENS, run.windows.shape[1])
+            held_out = min(held_out, max(1, len(run.windows) // 4))
             return TrainingText(iter(run.windows), recipe.calibration, held_out, recipe.seed)
         request = window_request(plan)
-        return training_text(recipe.calibration, request, _held_out(request.seqlen))
+        held_out = _windows(_HELD_OUT_TOKENS, request.seqlen)
+        return training_text(recipe.calibration, request, held_out)
     return None
