@@ -339,13 +339,20 @@ class LinearPlan(RunPlan):
         return ReconstructionSettings(extras.epochs, dtype, last_only, extras.before)
 
     def extra_bytes(self, index: int) -> int:
-        """Bytes of what two passes and dense targets need while block `index` is pruned."""
+        """Bytes of what a run need not have while block `index` is pruned.
+
+        These are dense targets, the statistics of two passes, and the copy that learns before it is
+        changed.
+        """
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
         if self.needs == "gram" and self.recipe.extras.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
+        if self.reconstruction is not None and self.reconstruction.before:
+            parameters = self.skeleton.blocks[index].parameters()
+            extra += sum(p.numel() for p in parameters) * self.dtype.itemsize
         return extra
 
 

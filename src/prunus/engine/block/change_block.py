@@ -260,7 +260,7 @@ class BlockChanger:
         """Prune a linear, and enter its weight and its record into the state of its block."""
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
-        if state.learning is not None and linear.name == state.learning.trained[0]:
+        if state.learning is not None and linear.name in state.learning.trained:
             self._learn(state, state.learning)
         set_location(full_name)
         work, masks = self.plan.work, self.plan.step.masks
@@ -290,16 +290,14 @@ class BlockChanger:
 
     def _learn(self, state: BlockState, learning: BlockReconstruction) -> None:
         """Train the weights after attention, which is changed already, before they are changed."""
-        if state.dense_inputs is None or not learning.caches_suffix:
-            return
-        state.dense_inputs.run_all()  # The dense block's outputs are the targets.
+        assert state.dense_inputs is not None, "what learns needs the dense model's outputs"
+        state.learning = None
         place(learning.block, state.finished, self.plan.device)
         learning.find_suffix(self.stream.forward(state.index, learning.block))
-        weights = {
-            f"{name}.weight": state.dense_tensors[f"{name}.weight"].float()
-            for name in learning.trained
-        }
-        state.learnt, state.reconstructed = learning.run(weights, weights)
+        keys = [f"{name}.weight" for name in learning.trained]
+        weights = {key: state.dense_tensors[key].float() for key in keys}
+        targets = state.dense_inputs.outputs()
+        state.learnt, state.reconstructed = learning.run(weights, weights, targets)
 
     def _reconstruct(self, state: BlockState, reconstruction: BlockReconstruction) -> None:
         """Train the surviving weights towards the dense block's outputs.
@@ -410,7 +408,7 @@ class BlockState:
             tokens that did not choose it.
         dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.
         reconstruction: How the block is trained after the walk; None if it is not.
-        learning: How a part of it is trained during the walk; None if it is not.
+        learning: How a part of it is trained during the walk; None if it is not, and afterwards.
         learnt: What that gave, float32 by relative name.
         changed: The finished tensors by relative name, as far as they differ from
             `dense_tensors`, in its dtypes.

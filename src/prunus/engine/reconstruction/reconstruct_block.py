@@ -35,7 +35,7 @@ from prunus.engine.reconstruction.output_loss import (
 )
 from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.engine.run_record import Walk
-from prunus.model.stream import HiddenStates, Stream
+from prunus.model.stream import KeptStates, Stream
 
 #: From the number of a batch to the block's output.
 Forward = Callable[[int], torch.Tensor]
@@ -123,13 +123,17 @@ class BlockReconstruction:
             self.suffix = find_suffix(self.block, self.trained, forward, 0)
 
     def run(
-        self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+        self,
+        stored: Mapping[str, torch.Tensor],
+        pruned: Mapping[str, torch.Tensor],
+        targets: KeptStates | None = None,
     ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
         """Train the pruned block; its module ends with the weights with which it began.
 
         Args:
             stored: The block's dense tensors by relative name, as stored.
             pruned: Its pruned weights by relative name, as stored. Their zeros are the masks.
+            targets: The dense block's outputs; None if they have replaced its inputs.
 
         Returns:
             The trained tensors by relative name, in dtype and orientation of `stored`, and the
@@ -142,8 +146,8 @@ class BlockReconstruction:
         skeleton = shared.stream.skeleton
         name = skeleton.block_name(self.index)
         set_location(f"{name}, reconstruction")
-        inputs = self._batches(shared.stream, shared.numbers)
-        targets = self._batches(shared.dense, range(len(shared.numbers)))
+        inputs = self._batches(shared.stream.states, shared.numbers)
+        aims = self._batches(targets or shared.dense.states, range(len(shared.numbers)))
         run = shared.stream.call(self.index, self.block)
 
         def forward(batch: int) -> torch.Tensor:
@@ -178,7 +182,7 @@ class BlockReconstruction:
         )
         keys = [f"{linear}.weight" for linear in self.trained]
         masks = self._masks({key: pruned[key] for key in keys}, stored)
-        batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
+        batches = BlockBatches(outputs, aims.get, *split_batches(len(inputs)))
         started = time.perf_counter()
         with self._loss(by_logits, options.logit_stride) as loss:
             try:
@@ -220,9 +224,10 @@ class BlockReconstruction:
                 masks[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
         return masks
 
-    def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
-        """Those batches of a stream, by number on this rank, that are trained on, of all ranks."""
-        return ReconstructionBatches(stream.states, numbers, self.shared.splits, stream.device)
+    def _batches(self, states: KeptStates, numbers: Sequence[int]) -> ReconstructionBatches:
+        """Those batches, by number on this rank, that are trained on, of all ranks."""
+        device = self.shared.stream.device
+        return ReconstructionBatches(states, numbers, self.shared.splits, device)
 
     def _uncached_suffix(
         self,
@@ -312,7 +317,7 @@ class ReconstructionBatches:
 
     def __init__(
         self,
-        states: HiddenStates,
+        states: KeptStates,
         chosen: Sequence[int],
         splits: bool,
         device: torch.device,
