@@ -52,6 +52,7 @@ class CompressionRecipe(PresetOptions):
             presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
             least loss, however fast it decodes.
         tune: The tokens on which scales are trained after the last block; 0 for none.
+        reconstruct: The blocks in which what follows attention is trained before it is rounded.
         dense_weight: α, see `methods/dense_targets.py`.
         preset: A tested set of options, which explicit options override.
         samples: The number of windows.
@@ -68,7 +69,7 @@ class CompressionRecipe(PresetOptions):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {"rounding": "nearest", "samples": 64, "tune": 0},
         "balanced": {"rounding": "feedback", "samples": 128, "tune": 15_360},
-        "best": {"rounding": "feedback", "samples": 256, "tune": 122_880},
+        "best": {"rounding": "feedback", "samples": 256, "tune": 92_160, "reconstruct": "all"},
     }
     ELSEWHERE: ClassVar[dict[str, str]] = {
         "propagate": "compress always runs one pass",
@@ -174,9 +175,10 @@ class CompressionRecipe(PresetOptions):
     reconstruct: Annotated[
         Literal["none", "all"],
         Option(
-            "Train what follows attention in each block towards the dense model, before it is "
-            "rounded: all or none.",
+            "Before it is rounded, train what follows attention towards the dense model, in all "
+            "blocks or none.",
             metavar="BLOCKS",
+            default="by preset",
         ),
     ] = "none"
     # The figures behind these defaults are in docs/results/index.md.
@@ -196,7 +198,9 @@ class CompressionRecipe(PresetOptions):
         (15360, 0)
         """
         if values.get("calibration") in GIVEN:
-            values = {"tune": 0} | values
+            values = {"tune": 0, "reconstruct": "none"} | values
+        if values.get("rounding") == "nearest":
+            values = {"reconstruct": "none"} | values
         if values.get("preset") == "fast" and values.get("format") == "mlx":
             # It has no rounding to nearest.
             values = {"rounding": "feedback", "samples": 16} | values
