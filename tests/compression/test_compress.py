@@ -225,6 +225,15 @@ def test_weights_learn_before_they_are_rounded(dense, tmp_path, monkeypatch):
     assert shards(tmp_path / "replay") == shards(tmp_path / "learnt")
 
 
+@pytest.mark.parametrize("walk", ["lockstep", "replay"])
+def test_nothing_learns_where_no_part_of_the_block_can_run_alone(walk, tmp_path, monkeypatch):
+    """Gemma 3 has a norm after the MLP, and loses more if the whole block learns."""
+    monkeypatch.setattr(Memory, "fits_lockstep", lambda self, index: walk == "lockstep")
+    dense = tiny_checkpoint(tmp_path / "dense", "gemma2", torch.bfloat16, **WIDER)
+    record = compress(dense, tmp_path / "out", reconstruct="all")
+    assert [(b.walk, b.reconstruction) for b in record.blocks] == [(walk, None)] * 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "phi3", torch.bfloat16)  # few linears

@@ -127,7 +127,7 @@ class BlockReconstruction:
         stored: Mapping[str, torch.Tensor],
         pruned: Mapping[str, torch.Tensor],
         targets: KeptStates | None = None,
-    ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
+    ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord | None]:
         """Train the pruned block; its module ends with the weights with which it began.
 
         Args:
@@ -137,7 +137,8 @@ class BlockReconstruction:
 
         Returns:
             The trained tensors by relative name, in dtype and orientation of `stored`, and the
-            record for the manifest.
+            record for the manifest. Nothing and None for a block without a suffix that should
+            learn before it is changed: it does not pay there.
 
         Raises:
             ValueError: Outputs or targets are not finite; the message names the block.
@@ -160,6 +161,8 @@ class BlockReconstruction:
         if not self.caches_suffix:
             suffix = self._uncached_suffix(run, inputs, forward)
             numbers = range(len(inputs))
+        if shared.settings.before and suffix is None:
+            return {}, None
 
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
