@@ -54,7 +54,7 @@ def prune(model: Model, output: Output, *, recipe: RecipeFile = None, **options:
     _run_and_print(begin, output, f"{chosen.method} {output}")
 
 
-@with_flags(CompressionRecipe, RunOptions, rare=("head_bits", "seqlen"))
+@with_flags(CompressionRecipe, RunOptions, rare=("head_bits", "reconstruct", "seqlen"))
 def compress(
     model: Model,
     output: Annotated[
