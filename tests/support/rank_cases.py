@@ -96,7 +96,7 @@ def compressed(scratch: Path) -> dict[str, Any]:
     """Two ranks against one, twice; and a run of one rank that two ranks go on with."""
     wider = {"hidden_size": 64, "intermediate_size": 128}
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16, **wider)
-    options = {"bits": 4.5, "format": "mlx"}
+    options = {"bits": 4.5, "format": "mlx", "reconstruct": "all"}
 
     def alone(name: str, **more: Any) -> None:
         prune(dense, scratch / name, **options, **more)

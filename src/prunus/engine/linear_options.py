@@ -30,12 +30,14 @@ class ExtraSteps:
 
     Attributes:
         reconstruct: The blocks whose remaining weights are trained towards the dense model.
+        before: Whether weights are trained before they are changed, and not afterwards.
         epochs: The epochs of that training; None chooses them by the number of tokens.
         two_passes: Whether windows run twice through each block, as in the original code of Wanda.
         head: Whether the output head is pruned too.
     """
 
     reconstruct: Literal["none", "last", "all"] = "none"
+    before: bool = False
     epochs: int | None = None
     two_passes: bool = False
     head: bool = False

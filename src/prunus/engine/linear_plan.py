@@ -330,21 +330,29 @@ class LinearPlan(RunPlan):
 
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
-        """How blocks are trained after they are pruned; None where none is."""
+        """How blocks are trained after they are pruned, or before; None where none is."""
         extras = self.recipe.extras
         if extras.reconstruct == "none":
             return None
         dtype = training_dtype(self.device, self.dtype)
-        return ReconstructionSettings(extras.epochs, dtype, last_only=extras.reconstruct == "last")
+        last_only = extras.reconstruct == "last"
+        return ReconstructionSettings(extras.epochs, dtype, last_only, extras.before)
 
     def extra_bytes(self, index: int) -> int:
-        """Bytes of what two passes and dense targets need while block `index` is pruned."""
+        """Bytes of what a run need not have while block `index` is pruned.
+
+        These are dense targets, the statistics of two passes, and the copy that learns before it is
+        changed.
+        """
         inputs = [linear.shape[1] for linear in self.skeleton.linears(index)]
         # A dense target adds five float32 matrices like the Gram.
         extra = 5 * 4 * max(filter(self.uses_dense_target, inputs), default=0) ** 2
         if self.needs == "gram" and self.recipe.extras.two_passes:
             # The statistics of all linears of the block exist at the same time.
             extra += sum(statistics_bytes(width, self.needs) for width in inputs)
+        if self.reconstruction is not None and self.reconstruction.before:
+            parameters = self.skeleton.blocks[index].parameters()
+            extra += sum(p.numel() for p in parameters) * self.dtype.itemsize
         return extra
 
 
@@ -356,11 +364,14 @@ class ReconstructionSettings:
         epochs: Passes over the training batches; None for the block's `default_schedule`.
         dtype: Dtype of matrix products and activations, float32 or bfloat16.
         last_only: Only the last block is reconstructed.
+        before: Weights are trained before they are changed: those after attention, when attention
+            is changed already.
     """
 
     epochs: int | None
     dtype: torch.dtype
     last_only: bool = False
+    before: bool = False
 
     def applies_to(self, index: int, blocks: int) -> bool:
         """Whether block `index` of a model with this many `blocks` is reconstructed."""

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +29,16 @@ class StatesPlace:
 
     spill_to: Path | None  #: folder for a file of them; None if they stay in memory
     on_device: bool  #: whether they stay in the memory of the device rather than of the host
+
+
+class KeptStates(Protocol):
+    """Hidden states that can be read batch by batch; see `HiddenStates`."""
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index` on the device."""
+
+    def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of batch `index`, without reading it."""
 
 
 class HiddenStates:

@@ -126,4 +126,9 @@ class Recipe(PresetOptions, PruningOptions):
     def extras(self) -> ExtraSteps:
         """The options `reconstruct`, `reconstruct_epochs`, `propagate` and `head`."""
         two_passes = self.propagate == "block"
-        return ExtraSteps(self.reconstruct, self.reconstruct_epochs, two_passes, self.head)
+        return ExtraSteps(
+            reconstruct=self.reconstruct,
+            epochs=self.reconstruct_epochs,
+            two_passes=two_passes,
+            head=self.head,
+        )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from prunus.engine.linear_options import PresetOptions
+from prunus.engine.linear_options import ExtraSteps, PresetOptions
 from prunus.engine.run_options import GIVEN
 from prunus.methods.method_options import DenseWeight
 from prunus.model.formats import FORMATS, folder_formats
@@ -52,6 +52,7 @@ class CompressionRecipe(PresetOptions):
             presets of its size, a key of `llama_cpp.SPEEDS` or a file of measurements; None for the
             least loss, however fast it decodes.
         tune: The tokens on which scales are trained after the last block; 0 for none.
+        reconstruct: The blocks in which what follows attention is trained before it is rounded.
         dense_weight: α, see `methods/dense_targets.py`.
         preset: A tested set of options, which explicit options override.
         samples: The number of windows.
@@ -68,11 +69,10 @@ class CompressionRecipe(PresetOptions):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {"rounding": "nearest", "samples": 64, "tune": 0},
         "balanced": {"rounding": "feedback", "samples": 128, "tune": 15_360},
-        "best": {"rounding": "feedback", "samples": 256, "tune": 122_880},
+        "best": {"rounding": "feedback", "samples": 256, "tune": 92_160, "reconstruct": "all"},
     }
     ELSEWHERE: ClassVar[dict[str, str]] = {
         "propagate": "compress always runs one pass",
-        "reconstruct": "it would train weights away from their integers",
         "head": "it prunes the head, and head_bits compresses it",
         **dict.fromkeys(
             (
@@ -172,6 +172,15 @@ class CompressionRecipe(PresetOptions):
             default="by preset",
         ),
     ] = PRESETS["balanced"]["tune"]
+    reconstruct: Annotated[
+        Literal["none", "all"],
+        Option(
+            "Before it is rounded, train what follows attention towards the dense model, in all "
+            "blocks or none.",
+            metavar="BLOCKS",
+            default="by preset",
+        ),
+    ] = "none"
     # The figures behind these defaults are in docs/results/index.md.
     dense_weight: DenseWeight = 0.25
     preset: Annotated[str, PresetOptions.declared()["preset"]] = "balanced"
@@ -189,7 +198,9 @@ class CompressionRecipe(PresetOptions):
         (15360, 0)
         """
         if values.get("calibration") in GIVEN:
-            values = {"tune": 0} | values
+            values = {"tune": 0, "reconstruct": "none"} | values
+        if values.get("rounding") == "nearest":
+            values = {"reconstruct": "none"} | values
         if values.get("preset") == "fast" and values.get("format") == "mlx":
             # It has no rounding to nearest.
             values = {"rounding": "feedback", "samples": 16} | values
@@ -265,7 +276,7 @@ class CompressionRecipe(PresetOptions):
     def unused(self) -> set[str]:
         """The options without effect: those of feedback, if there is none."""
         return (
-            {"damping", "dense_weight", "min_expert_tokens"}
+            {"damping", "dense_weight", "min_expert_tokens", "reconstruct"}
             if self.rounding == "nearest"
             else set()
         )
@@ -274,6 +285,11 @@ class CompressionRecipe(PresetOptions):
     def gives_types(self) -> bool:
         """Whether the types are given, and not chosen by their losses."""
         return self.type is not None or self.types_from is not None
+
+    @property
+    def extras(self) -> ExtraSteps:
+        """The option `reconstruct`: weights learn before they are rounded."""
+        return ExtraSteps(reconstruct=self.reconstruct, before=True)
 
     @property
     def rounds(self) -> str:

@@ -43,6 +43,7 @@ from prunus.hardware.numerics import count_zeros
 from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.methods.work import LinearPlace, Rounded
 from prunus.model.linears import Linear
+from prunus.model.meta_model import place
 from prunus.model.stream import Stream
 
 
@@ -187,11 +188,14 @@ class BlockChanger:
             dense_inputs = self.dense.copy_block(
                 index, stored.tensors, aimed, cache=walk == "lockstep"
             )
-        reconstruction = None
+        reconstruction = learning = None
         if self._reconstructor is not None:
-            reconstruction = self._reconstructor.begin(
-                index, module, names, method.updates_weights, walk
-            )
+            # What learns during the walk is a copy, because batches wait in the block itself.
+            before, trained = self._reconstructor.settings.before, module
+            if before:
+                trained = self.skeleton.fill(index, stored.tensors, plan.device, duplicate=True)
+            begun = self._reconstructor.begin(index, trained, names, method.updates_weights, walk)
+            reconstruction, learning = (None, begun) if before else (begun, None)
         return BlockState(
             index=index,
             name=name,
@@ -202,6 +206,7 @@ class BlockChanger:
             expert_counters=counters,
             dense_inputs=dense_inputs,
             reconstruction=reconstruction,
+            learning=learning,
         )
 
     def _note_zeros(self, state: BlockState) -> None:
@@ -255,6 +260,8 @@ class BlockChanger:
         """Prune a linear, and enter its weight and its record into the state of its block."""
         key = f"{linear.name}.weight"
         full_name = f"{state.name}.{linear.name}"
+        if state.learning is not None and linear.name in state.learning.trained:
+            self._learn(state, state.learning)
         set_location(full_name)
         work, masks = self.plan.work, self.plan.step.masks
         sparsity = self.sparsities.get(full_name, work.sparsity)
@@ -271,6 +278,7 @@ class BlockChanger:
             state.dense_tensors[key],
             statistics,
             self.round_as,
+            state.learnt.get(key),
         )
         state.changed[key] = finished.weight
         state.records[linear.name] = finished.record
@@ -279,6 +287,17 @@ class BlockChanger:
         for counter in state.expert_counters:
             if counter.owns(linear.name):
                 finished.record.notes |= counter.notes(linear.name)
+
+    def _learn(self, state: BlockState, learning: BlockReconstruction) -> None:
+        """Train the weights after attention, which is changed already, before they are changed."""
+        assert state.dense_inputs is not None, "what learns needs the dense model's outputs"
+        state.learning = None
+        place(learning.block, state.finished, self.plan.device)
+        learning.find_suffix(self.stream.forward(state.index, learning.block))
+        keys = [f"{name}.weight" for name in learning.trained]
+        weights = {key: state.dense_tensors[key].float() for key in keys}
+        targets = state.dense_inputs.outputs()
+        state.learnt, state.reconstructed = learning.run(weights, weights, targets)
 
     def _reconstruct(self, state: BlockState, reconstruction: BlockReconstruction) -> None:
         """Train the surviving weights towards the dense block's outputs.
@@ -389,6 +408,8 @@ class BlockState:
             tokens that did not choose it.
         dense_inputs: Inputs of the dense block; None if the run needs none, and after the walk.
         reconstruction: How the block is trained after the walk; None if it is not.
+        learning: How a part of it is trained during the walk; None if it is not, and afterwards.
+        learnt: What that gave, float32 by relative name.
         changed: The finished tensors by relative name, as far as they differ from
             `dense_tensors`, in its dtypes.
         records: The records of the linears, by relative name.
@@ -405,6 +426,8 @@ class BlockState:
     expert_counters: list[ExpertCounter]
     dense_inputs: DenseBlockInputs | None
     reconstruction: BlockReconstruction | None
+    learning: BlockReconstruction | None = None
+    learnt: dict[str, torch.Tensor] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
     rounded: dict[str, Rounded] = field(default_factory=dict)

@@ -15,7 +15,8 @@ Shape suffixes: T tokens, I inputs of a linear.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from prunus.model.calls import StopForward
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import WeightSource
-from prunus.model.stream import Stream
+from prunus.model.stream import HiddenStates, KeptStates, Stream
 
 # Tokens per input feature that are enough to measure a linear's drift; see `drift_stride_for`.
 _TOKENS_PER_FEATURE = 2.5
@@ -169,6 +170,14 @@ class DenseBlockInputs:
         tokens = x.shape[:-1].numel()
         statistics.add(x, self.get(linear.name, batch, tokens) if has_target else None)
 
+    def outputs(self) -> KeptStates:
+        """The block's outputs, by number of a batch in the dense stream, until the walk ends."""
+        if not self._caches:
+            return _RecomputedStates(self._stream.states, self._forward, self._stream.device)
+        for number in range(len(self._stream)):
+            self._run_once(number)
+        return self._stream.states
+
     def finish(self) -> None:
         """Replace the hidden states before the block by the dense block's outputs.
 
@@ -181,20 +190,25 @@ class DenseBlockInputs:
 
     def _cached(self, number: int, name: str) -> torch.Tensor | None:
         """The input of a linear, from the only run of the batch; None if no token reaches it."""
-        if number not in self._cache:
-            inputs: dict[str, torch.Tensor] = {}
-            with input_hooks(
-                list(self._linears.values()), lambda linear, x: inputs.update({linear.name: x})
-            ):
-                output = self._forward(number)
-            # All inputs are known now, so the output can replace the block's input at once.
-            self._stream.states.put(number, output)
-            self._cache[number] = inputs
+        self._run_once(number)
         cached = self._cache[number]
         x = cached.get(name)
         # Linears with the same input share their statistics and ask once, so drop it for all.
         self._cache[number] = {other: tensor for other, tensor in cached.items() if tensor is not x}
         return x
+
+    def _run_once(self, number: int) -> None:
+        """Run a batch, unless its inputs are known, and replace its hidden states."""
+        if number in self._cache:
+            return
+        inputs: dict[str, torch.Tensor] = {}
+        with input_hooks(
+            list(self._linears.values()), lambda linear, x: inputs.update({linear.name: x})
+        ):
+            output = self._forward(number)
+        # All inputs are known now, so the output can replace the block's input at once.
+        self._stream.states.put(number, output)
+        self._cache[number] = inputs
 
     def _recomputed(self, number: int, name: str) -> torch.Tensor | None:
         """The input of a linear, from a run of the batch that ends there; None without tokens."""
@@ -207,6 +221,29 @@ class DenseBlockInputs:
         with input_hooks([self._linears[name]], stop), contextlib.suppress(StopForward):
             self._forward(number)
         return inputs[0] if inputs else None
+
+
+@dataclass(frozen=True)
+class _RecomputedStates:
+    """The outputs of a block, which are computed when they are asked for.
+
+    Attributes:
+        inputs: The hidden states before the block, of the shapes and dtypes of its outputs.
+        forward: Number of a batch -> output of the block.
+        device: Where the block runs.
+    """
+
+    inputs: HiddenStates
+    forward: Callable[[int], torch.Tensor]
+    device: torch.device
+
+    def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
+        return self.inputs.layout(index)
+
+    def get(self, index: int) -> torch.Tensor:
+        # What learns may do so in another dtype.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.forward(index)
 
 
 def drift_stride_for(tokens: int, width: int) -> int:

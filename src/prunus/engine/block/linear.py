@@ -72,6 +72,7 @@ def change_linear(
     stored: torch.Tensor,
     statistics: InputStatistics,
     round_as: LinearRounding | None = None,
+    learnt: torch.Tensor | None = None,
 ) -> PrunedLinear:
     """Prune one linear in place, and return what is stored.
 
@@ -90,6 +91,8 @@ def change_linear(
         stored: The weight in the checkpoint's dtype and orientation, on any device.
         statistics: Statistics of the linear's inputs, complete; see `InputStatistics.complete`.
         round_as: How linears are rounded; None for a run that rounds none.
+        learnt: The weight that is changed in place of the stored one, float32 in its orientation;
+            None for the stored one.
 
     Raises:
         ValueError: The inputs or the new weights are not finite, or the method refuses the weight.
@@ -109,6 +112,8 @@ def change_linear(
         )
     stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
+    if learnt is not None:
+        weight_OI = (learnt.T if linear.transposed else learnt).to(weight_OI.device)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks() if ranks().size > 1 else UNSHARDED

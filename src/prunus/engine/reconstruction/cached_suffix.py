@@ -121,8 +121,13 @@ class CachedSuffix:
             inputs.append(x_WTH)
             return torch.zeros_like(x_WTH)
 
-        # With zeros in place of the suffix's result, the block's output is the residual.
-        with replaced_forward(self._module, record_and_return_zeros):
+        # With zeros in place of the suffix's result, the block's output is the residual. The dtype
+        # of the training is that of the suffix alone.
+        device = next(self._module.parameters()).device.type
+        with (
+            replaced_forward(self._module, record_and_return_zeros),
+            torch.autocast(device, enabled=False),
+        ):
             residual_WTH = self._forward(batch)
         # A batch without windows may not run the block at all.
         (x_WTH,) = inputs or [residual_WTH]

@@ -35,7 +35,7 @@ from prunus.engine.reconstruction.output_loss import (
 )
 from prunus.engine.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.engine.run_record import Walk
-from prunus.model.stream import HiddenStates, Stream
+from prunus.model.stream import KeptStates, Stream
 
 #: From the number of a batch to the block's output.
 Forward = Callable[[int], torch.Tensor]
@@ -110,22 +110,30 @@ class BlockReconstruction:
 
         It is `forward` itself, batch -> output of the block, if nothing can be cached.
         """
-        if self.caches_suffix:
-            self.suffix = find_suffix(self.block, self.trained, forward, 0)
+        self.find_suffix(forward)
         if self.suffix is None:
             yield forward
             return
         with self.suffix.recording() as recording:
             yield recording
 
+    def find_suffix(self, forward: Forward) -> None:
+        """Find the suffix of the block, whose inputs are cached, unless they may not be."""
+        if self.caches_suffix:
+            self.suffix = find_suffix(self.block, self.trained, forward, 0)
+
     def run(
-        self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+        self,
+        stored: Mapping[str, torch.Tensor],
+        pruned: Mapping[str, torch.Tensor],
+        targets: KeptStates | None = None,
     ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
         """Train the pruned block; its module ends with the weights with which it began.
 
         Args:
             stored: The block's dense tensors by relative name, as stored.
             pruned: Its pruned weights by relative name, as stored. Their zeros are the masks.
+            targets: The dense block's outputs; None if they have replaced its inputs.
 
         Returns:
             The trained tensors by relative name, in dtype and orientation of `stored`, and the
@@ -138,8 +146,8 @@ class BlockReconstruction:
         skeleton = shared.stream.skeleton
         name = skeleton.block_name(self.index)
         set_location(f"{name}, reconstruction")
-        inputs = self._batches(shared.stream, shared.numbers)
-        targets = self._batches(shared.dense, range(len(shared.numbers)))
+        inputs = self._batches(shared.stream.states, shared.numbers)
+        aims = self._batches(targets or shared.dense.states, range(len(shared.numbers)))
         run = shared.stream.call(self.index, self.block)
 
         def forward(batch: int) -> torch.Tensor:
@@ -157,7 +165,8 @@ class BlockReconstruction:
             return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
 
         by_token = suffix is not None and suffix.by_token
-        by_logits = skeleton.is_in_front_of_head(self.index)
+        # While batches wait in a block, the head cannot run.
+        by_logits = skeleton.is_in_front_of_head(self.index) and not shared.settings.before
         # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
         # width).
         shape = inputs.shape(0)
@@ -165,10 +174,15 @@ class BlockReconstruction:
         tokens = math.prod(shape) // hidden
         settings = shared.settings
         options = default_schedule(tokens, hidden, by_token, len(inputs), by_logits)
-        options = replace(options, epochs=settings.epochs or options.epochs, dtype=settings.dtype)
+        options = replace(
+            options,
+            epochs=settings.epochs or options.epochs,
+            dtype=settings.dtype,
+            learning_rate=options.learning_rate * (_RATE_BEFORE if settings.before else 1.0),
+        )
         keys = [f"{linear}.weight" for linear in self.trained]
         masks = self._masks({key: pruned[key] for key in keys}, stored)
-        batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
+        batches = BlockBatches(outputs, aims.get, *split_batches(len(inputs)))
         started = time.perf_counter()
         with self._loss(by_logits, options.logit_stride) as loss:
             try:
@@ -210,9 +224,10 @@ class BlockReconstruction:
                 masks[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
         return masks
 
-    def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
-        """Those batches of a stream, by number on this rank, that are trained on, of all ranks."""
-        return ReconstructionBatches(stream.states, numbers, self.shared.splits, stream.device)
+    def _batches(self, states: KeptStates, numbers: Sequence[int]) -> ReconstructionBatches:
+        """Those batches, by number on this rank, that are trained on, of all ranks."""
+        device = self.shared.stream.device
+        return ReconstructionBatches(states, numbers, self.shared.splits, device)
 
     def _uncached_suffix(
         self,
@@ -302,7 +317,7 @@ class ReconstructionBatches:
 
     def __init__(
         self,
-        states: HiddenStates,
+        states: KeptStates,
         chosen: Sequence[int],
         splits: bool,
         device: torch.device,
@@ -362,6 +377,9 @@ _MIN_EPOCHS, _MAX_EPOCHS = 3, 5
 
 # Peak learning rate relative to the RMS of the weights, and the hidden size it was measured at.
 _RATE, _RATE_WIDTH = 7e-3, 576
+
+# The share of these rates if weights learn before they are rounded: they have little to repair.
+_RATE_BEFORE = 0.2
 
 # With the loss on logits, a token takes about ten times as long, so a step compares only one token
 # in `LOGIT_STRIDE` of those above. Fewer tokens make noisier gradients, which need a lower rate.
