@@ -11,11 +11,13 @@ OUT is a folder in the format compressed-tensors, without the head, which is not
 import argparse
 from typing import Any
 
+import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunus.calibration.sources import find_source
@@ -48,6 +50,9 @@ def main() -> None:
         recipe = [GPTQModifier(**scheme, actorder=order)]
     else:
         recipe = [AWQModifier(), QuantizationModifier(**scheme)]
+        if not torch.accelerator.is_available():
+            # Its AWQ pins memory for a GPU, which fails where there is none.
+            IntermediatesCache.pin_memory = lambda *_: None
     request = WindowRequest(samples=SAMPLES, seqlen=SEQLEN, tokenizer=lambda: tokenizer)
     ids = find_source("mix").draw(request).ids.tolist()
     oneshot(
