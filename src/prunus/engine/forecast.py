@@ -143,9 +143,7 @@ def _blocks(plan: LinearPlan, windows: Tensor, before: Trial) -> float:
 def _training(plan: LinearPlan, index: int, record: ReconstructionRecord, batches: int) -> float:
     """Seconds of the training of a block in the run, whose trial trained on `batches` batches."""
     tokens, hidden = plan.skeleton.window_shape(index, plan.recipe.seqlen)
-    extras = plan.recipe.extras
-    by_logits = plan.skeleton.is_in_front_of_head(index) and not extras.before
-    given = extras.epochs
+    by_logits, given = record.measure == "logits", plan.recipe.extras.epochs
 
     def epochs(by_token: bool, count: int) -> int:
         chosen = default_schedule(plan.batch * tokens, hidden, by_token, count, by_logits)

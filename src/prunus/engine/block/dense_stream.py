@@ -173,7 +173,7 @@ class DenseBlockInputs:
     def outputs(self) -> KeptStates:
         """The block's outputs, by number of a batch in the dense stream, until the walk ends."""
         if not self._caches:
-            return _RecomputedStates(self._stream.states, self._forward, self._stream.device)
+            return _RecomputedStates(self._stream.states, self._forward)
         for number in range(len(self._stream)):
             self._run_once(number)
         return self._stream.states
@@ -230,20 +230,16 @@ class _RecomputedStates:
     Attributes:
         inputs: The hidden states before the block, of the shapes and dtypes of its outputs.
         forward: Number of a batch -> output of the block.
-        device: Where the block runs.
     """
 
     inputs: HiddenStates
     forward: Callable[[int], torch.Tensor]
-    device: torch.device
 
     def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
         return self.inputs.layout(index)
 
     def get(self, index: int) -> torch.Tensor:
-        # What learns may do so in another dtype.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.forward(index)
+        return self.forward(index)
 
 
 def drift_stride_for(tokens: int, width: int) -> int:

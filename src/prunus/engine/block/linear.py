@@ -111,9 +111,10 @@ def change_linear(
             "no calibration token reached this linear: its inputs were taken as equal"
         )
     stored_OI = _on_device(stored.T if linear.transposed else stored, linear.weight_OI)
-    weight_OI = stored_OI.to(torch.float32)
-    if learnt is not None:
-        weight_OI = (learnt.T if linear.transposed else learnt).to(weight_OI.device)
+    if learnt is None:
+        weight_OI = stored_OI.to(torch.float32)
+    else:
+        weight_OI = (learnt.T if linear.transposed else learnt).to(stored_OI.device)
     if (before := count_zeros(stored_OI)) > SPARSE * stored_OI.numel():
         notes["zeros_before"] = before
     rows: RowSharding = _RowsOverRanks() if ranks().size > 1 else UNSHARDED

@@ -148,7 +148,8 @@ class BlockReconstruction:
         name = skeleton.block_name(self.index)
         set_location(f"{name}, reconstruction")
         inputs = self._batches(shared.stream.states, shared.numbers)
-        aims = self._batches(targets or shared.dense.states, range(len(shared.numbers)))
+        dense = shared.dense.states if targets is None else targets
+        dense_batches = self._batches(dense, range(len(shared.numbers)))
         run = shared.stream.call(self.index, self.block)
 
         def forward(batch: int) -> torch.Tensor:
@@ -185,7 +186,7 @@ class BlockReconstruction:
         )
         keys = [f"{linear}.weight" for linear in self.trained]
         masks = self._masks({key: pruned[key] for key in keys}, stored)
-        batches = BlockBatches(outputs, aims.get, *split_batches(len(inputs)))
+        batches = BlockBatches(outputs, dense_batches.get, *split_batches(len(inputs)))
         started = time.perf_counter()
         with self._loss(by_logits, options.logit_stride) as loss:
             try:

@@ -169,8 +169,6 @@ class _Objective:
 
     Attributes:
         device: Where the block runs.
-        autocast: The context in which the block runs. It casts matrix products if the parameters
-            are not in the dtype of the training, and does nothing otherwise.
         step_seconds: What a step of the last epoch took, on average.
         validation_seconds: What the last call of `validate` took.
     """
@@ -180,23 +178,28 @@ class _Objective:
     ) -> None:
         first = next(iter(weights.parameters.values()))
         self.device = first.device
-        self.autocast = torch.autocast(first.device.type, dtype, enabled=dtype != first.dtype)
+        # It casts matrix products if the parameters are not in the dtype of the training.
+        self._autocast = torch.autocast(first.device.type, dtype, enabled=dtype != first.dtype)
         self.step_seconds = self.validation_seconds = 0.0
         self._batches = batches
         self._loss = loss
 
     def sums(self, batch: int, tokens: slice = ALL_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of this rank's windows, and what to divide it by; both 0 without windows."""
-        output = self._batches.forward(batch, tokens)
-        target = self._batches.target(batch)
+        with self._autocast:
+            output = self._batches.forward(batch, tokens)
+        # Targets are not trained: a block that computes them does so in the run's own dtype.
+        with torch.no_grad():
+            target = self._batches.target(batch)
         if not len(output):
             return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        return self._loss(output, target[:, tokens])
+        with self._autocast:
+            return self._loss(output, target[:, tokens])
 
     def validate(self) -> float:
         """Loss on all validation batches of all ranks."""
         started = time.perf_counter()
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad():
             # Validation always runs all tokens, so that its errors are comparable.
             pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
         # Sums are divided only once, after all batches and ranks: a batch counts by its tokens.
@@ -292,7 +295,7 @@ def _run_epochs(
             # The first token moves by one per epoch, so that `stride` epochs use every token once.
             # Different batches start at different tokens.
             tokens = slice((epoch + batch) % stride, None, stride)
-            with torch.enable_grad(), objective.autocast:
+            with torch.enable_grad():
                 summed, size = objective.sums(batch, tokens)
                 whole_2 = torch.stack([summed.detach(), size])
                 # Dividing by the size over all ranks makes the summed gradients those of one
